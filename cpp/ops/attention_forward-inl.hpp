@@ -1,0 +1,229 @@
+// The forward body: queries in lanes, one panel of 48 queries at a time against a tile of keys.
+#pragma once
+#include "ops/attention_logits-inl.hpp"
+#include "runtime/workspace.hpp"
+
+#include "simd/begin.hpp"
+
+// Epilogue of the score product: store, and for plain logits also mask and fold the maximum.
+template <class T>
+struct StoreScores {
+  T* s;
+  struct Column {
+    T* s;
+    TW_MEMBER Column(const StoreScores& e, int n) : s(e.s + n * kWidth<T>) {}
+    TW_MEMBER void put(int j, Vec<T> x) { store(s + int64_t{j} * kPanel, x); }
+    TW_MEMBER void finish() {}
+  };
+};
+
+template <class T, bool EDGE>
+struct StoreMax {
+  T* s;
+  T* top;
+  const uint16_t* words;
+  struct Column {
+    const StoreMax& e;
+    int n;
+    Vec<T> m;
+    TW_MEMBER Column(const StoreMax& epilogue, int reg) : e(epilogue), n(reg), m(load(e.top + n * kWidth<T>)) {}
+    TW_MEMBER void put(int j, Vec<T> x) {
+      if constexpr (EDGE) x = select(edge_lanes<T>(e.words, j, n), x, minus_infinity<T>());
+      m = max(m, x);
+      store(e.s + int64_t{j} * kPanel + n * kWidth<T>, x);
+    }
+    TW_MEMBER void finish() { store(e.top + n * kWidth<T>, m); }
+  };
+};
+
+// Softmax states of the panels of one block, columns of o in [panel][Dv][kPanel].
+template <class T>
+struct States {
+  T *o, *m, *l, *e;
+  void clear(int panels, int Dv) {
+    std::memset(o, 0, sizeof(T) * static_cast<size_t>(panels) * Dv * kPanel);
+    for (int i = 0; i < panels * kPanel; i++) m[i] = -std::numeric_limits<T>::infinity(), l[i] = 0, e[i] = 0;
+  }
+};
+
+// Weights w = exp2(s - m) in place, the row sums, and the rescaling alpha of what was summed before.
+template <class T, bool ENTROPY>
+TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T* top, T* m, T* l, T* e, T* alpha) {
+  for (int n = 0; n < kPanelVecs<T>; n++) {
+    const int at = n * kWidth<T>, group = at / kGroup;
+    const Vec<T> old = load(m + at), fresh = max(old, load(top + at)), high = finite_max<T>(fresh);
+    Vec<T> sum[4] = {}, ent[4] = {};  // by key index mod 4
+    bool seen = false;
+    for (int k = 0; k < count; k++) {
+      const Segment& g = segments[k];
+      if (group < g.na || group >= g.nb) continue;
+      seen = true;
+      T* p = s + int64_t{g.ja} * kPanel + at;
+      int j = g.ja;
+      for (; j + 4 <= g.jb; j += 4, p += 4 * kPanel) TW_UNROLL for (int i = 0; i < 4; i++) {
+        const Vec<T> x = load(p + i * kPanel) - high, w = exp2<T>(x);
+        store(p + i * kPanel, w);
+        sum[i] += w;
+        if (ENTROPY) ent[i] += select(equal(w, zero<T>()), w, w * x);
+      }
+      for (; j < g.jb; j++, p += kPanel) {
+        const Vec<T> x = load(p) - high, w = exp2<T>(x);
+        store(p, w);
+        sum[j & 3] += w;
+        if (ENTROPY) ent[j & 3] += select(equal(w, zero<T>()), w, w * x);
+      }
+    }
+    if (!seen) {
+      store(alpha + at, splat<T>(1));
+      continue;
+    }
+    const Vec<T> a = exp2<T>(finite_max<T>(old) - high), before = load(l + at);
+    store(alpha + at, a);
+    store(m + at, fresh);
+    store(l + at, fma(before, a, (sum[0] + sum[2]) + (sum[1] + sum[3])));
+    if (ENTROPY) store(e + at, fma(shift_entropy<T>(load(e + at), before, old, fresh), a, (ent[0] + ent[2]) + (ent[1] + ent[3])));
+  }
+}
+
+template <class T>
+class ForwardBody {
+ public:
+  ForwardBody(const AttentionInputs& in, const AttentionResults& out, int max_panels) : in_(in), out_(out), panels_(max_panels) {}
+
+  void place(Arena& arena) {
+    const int64_t lanes = int64_t{panels_} * kPanel;
+    q_ = arena.take<T>(in_.D * lanes);
+    for (States<T>& s : states_) {
+      s.o = arena.take<T>(in_.Dv * lanes);
+      s.m = arena.take<T>(lanes);
+      s.l = arena.take<T>(lanes);
+      s.e = arena.take<T>(lanes);
+    }
+    s_ = arena.take<T>(kTileKeys * kPanel);
+    bias_ = arena.take<T>(in_.bias ? kTileKeys * kPanel : 0);
+    top_ = arena.take<T>(kPanel);
+    alpha_ = arena.take<T>(kPanel);
+  }
+
+  void run(int64_t b, int64_t h, int64_t q0, int rows, MaskBlock& mask) {
+    b_ = b;
+    hk_ = h / (in_.H / in_.Hk);
+    q0_ = q0;
+    rows_ = rows;
+    const Logits<T> logits(in_, b, h);
+    logits_ = &logits;
+    used_ = (rows + kPanel - 1) / kPanel;
+    for (int g = 0; g * kGroup < rows; g++)
+      pack_lanes<T>(in_.q.at<T>(b, h, q0 + g * kGroup), in_.q.row, static_cast<int>(in_.D), std::min(kGroup, rows - g * kGroup),
+                    logits.q_scale, q_ + panel(g, in_.D));
+    now_ = &states_[0];
+    total_ = &states_[1];
+    first_ = true;
+    now_->clear(used_, static_cast<int>(in_.Dv));
+    mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
+    walk(mask, in_.Nk, *this);
+    if (first_) chunk_end(true);
+    finish(h);
+  }
+
+  void tile(int p, int64_t k0, const Segment* segments, int count, const uint16_t* words) {
+    const T* k = in_.k.at<T>(b_, hk_, k0);
+    const T* q = q_ + int64_t{p} * in_.D * kPanel;
+    const int depth = static_cast<int>(in_.D);
+    for (int i = 0; i < kPanel; i += kWidth<T>) store(top_ + i, minus_infinity<T>());
+    for (int i = 0; i < count; i++) {
+      if (!logits_->plain)
+        scores<T>(k, in_.k.row, q, depth, StoreScores<T>{s_}, segments[i]);
+      else if (segments[i].edge)
+        scores<T>(k, in_.k.row, q, depth, StoreMax<T, true>{s_, top_, words}, segments[i]);
+      else
+        scores<T>(k, in_.k.row, q, depth, StoreMax<T, false>{s_, top_, words}, segments[i]);
+    }
+    if (!logits_->plain) apply_options(p, k0, segments, count, words);
+    const int at = p * kPanel;
+    auto weights = out_.entropy ? weights_panel<T, true> : weights_panel<T, false>;
+    weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_);
+    weighted_sum<T>(in_.v.at<T>(b_, hk_, k0), in_.v.row, static_cast<int>(in_.Dv), s_, words, segments, count,
+                    now_->o + at * in_.Dv, alpha_);
+  }
+
+  void chunk_end(bool last) {
+    if (first_) {
+      first_ = false;
+      std::swap(now_, total_);
+    } else {
+      merge_chunk();
+    }
+    if (!last) now_->clear(used_, static_cast<int>(in_.Dv));
+  }
+
+ private:
+  static int64_t panel(int g, int64_t columns) { return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup; }
+
+  __attribute__((noinline)) static void options_panel(const Logits<T>& logits, const T* bias, T* s, T* top, const Segment& g, const uint16_t* words,
+                                 int64_t first_position) {
+    alignas(64) T position[kPanel];
+    positions<T>(first_position, kPanel, position);
+    for (int n = g.na * kRegs<T>; n < g.nb * kRegs<T>; n++) {
+      const int at = n * kWidth<T>;
+      Vec<T> m = load(top + at);
+      const Vec<T> pos = load(position + at);
+      for (int j = g.ja; j < g.jb; j++) {
+        T* p = s + int64_t{j} * kPanel + at;
+        const Vec<T> added = bias ? load(bias + int64_t{j} * kPanel + at) : zero<T>();
+        Vec<T> x = logits(load(p), abs(pos - splat<T>(j)), added, nullptr);
+        if (g.edge) x = select(edge_lanes<T>(words, j, n), x, minus_infinity<T>());
+        m = max(m, x);
+        store(p, x);
+      }
+      store(top + at, m);
+    }
+  }
+
+  void apply_options(int p, int64_t k0, const Segment* segments, int count, const uint16_t* words) {
+    const int64_t q = q0_ + int64_t{p} * kPanel;
+    const int rows = std::min(kPanel, rows_ - p * kPanel);
+    for (int i = 0; i < count; i++) {
+      if (logits_->bias) logits_->bias_panel(q, rows, k0, segments[i].ja, segments[i].jb, bias_);
+      options_panel(*logits_, logits_->bias ? bias_ : nullptr, s_, top_, segments[i], words, q + logits_->offset - k0);
+    }
+  }
+
+  void merge_chunk() {
+    for (int at = 0; at < used_ * kPanel; at += kWidth<T>) {
+      const Vec<T> ma = load(total_->m + at), mb = load(now_->m + at), la = load(total_->l + at), lb = load(now_->l + at);
+      const Merge<T> merge(ma, mb);
+      store(total_->m + at, merge.m);
+      store(total_->l + at, merge(la, lb));
+      store(total_->e + at, merge(shift_entropy<T>(load(total_->e + at), la, ma, merge.m),
+                                  shift_entropy<T>(load(now_->e + at), lb, mb, merge.m)));
+      T* x = total_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
+      const T* y = now_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
+      for (int64_t d = 0; d < in_.Dv; d++) store(x + d * kPanel, merge(load(x + d * kPanel), load(y + d * kPanel)));
+    }
+  }
+
+  void finish(int64_t h) {
+    alignas(64) T sink[kGroup] = {};
+    if (in_.sinks)
+      for (T& z : sink) z = *in_.sinks.at<T>(0, h);
+    for (int g = 0; g * kGroup < rows_; g++) {
+      const int at = g * kGroup, rows = std::min(kGroup, rows_ - at);
+      const RowEnd<T> end(total_->m + at, total_->l + at, total_->e + at, bool(in_.sinks), sink);
+      end.write(out_, (b_ * in_.H + h) * in_.N + q0_ + at, rows);
+      unpack_lanes<T>(total_->o + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale,
+                      out_.o.at_mut<T>(b_, h, q0_ + at), out_.o.row);
+    }
+  }
+
+  const AttentionInputs& in_;
+  const AttentionResults& out_;
+  const Logits<T>* logits_ = nullptr;
+  int panels_, used_ = 0, rows_ = 0;
+  int64_t b_ = 0, hk_ = 0, q0_ = 0;
+  bool first_ = true;
+  T *q_ = nullptr, *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr;
+  States<T> states_[2] = {}, *now_ = nullptr, *total_ = nullptr;
+};
+
+#include "simd/end.hpp"

@@ -1,0 +1,117 @@
+// What all attention bodies share: logits with their options, and the end of a row.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "ops/walk-inl.hpp"
+
+#include "simd/begin.hpp"
+
+// The options of one head. Logits are in base 2: softcap, then ALiBi, then bias; masking comes after.
+template <class T>
+struct Logits {
+  const T* bias = nullptr;  // at query 0, key 0
+  int64_t bias_row = 0, bias_column = 0;
+  T q_scale = 1, cap = 0, slope = 0;
+  bool softcap = false, alibi = false, plain = true;
+  int64_t offset = 0;  // of a query's position among the keys
+
+  Logits(const AttentionInputs& in, int64_t b, int64_t h) {
+    softcap = in.softcap > 0;
+    q_scale = static_cast<T>(softcap ? in.softmax_scale / in.softcap : in.softmax_scale * kLog2e);
+    cap = static_cast<T>(in.softcap * kLog2e);
+    if (in.bias) {
+      bias = in.bias.at<T>(b, h);
+      bias_row = in.bias.row;
+      bias_column = in.bias.column;
+    }
+    if (in.slopes) {
+      alibi = true;
+      slope = static_cast<T>(-static_cast<double>(*in.slopes.at<T>(b, h)) * kLog2e);
+    }
+    offset = in.Nk - in.N;
+    plain = !softcap && !alibi && !bias;
+  }
+
+  // The logits of `raw` scaled products; `distance` is |position - key|, `added` the bias, `tanh_out` for the derivative.
+  TW_MEMBER Vec<T> operator()(Vec<T> raw, Vec<T> distance, Vec<T> added, Vec<T>* tanh_out) const {
+    Vec<T> s = raw;
+    if (softcap) {
+      const Vec<T> t = tanh<T>(s);
+      if (tanh_out) *tanh_out = t;
+      s = t * set1(cap);
+    }
+    if (alibi) s = fma(set1(slope), distance, s);
+    if (bias) {
+      // a finite bias as low as lowest() must not become -inf by the change of base: it would count as masked
+      const Vec<T> x = fma(added, splat<T>(kLog2e), s);
+      s = select(equal(added, minus_infinity<T>()), x, max(set1(std::numeric_limits<T>::lowest()), x));
+    }
+    return s;
+  }
+
+  // out[j * kPanel + lane] = bias of query q0 + lane and key k0 + j, for keys [ja, jb) and `rows` lanes (the last repeated)
+  void bias_panel(int64_t q0, int rows, int64_t k0, int ja, int jb, T* out) const {
+    for (int g = 0; g * kGroup < rows; g++) {
+      const int n = std::min(kGroup, rows - g * kGroup);
+      const T* p = bias + (q0 + g * kGroup) * bias_row + (k0 + ja) * bias_column;
+      T* to = out + int64_t{ja} * kPanel + g * kGroup;
+      if (bias_column == 1) {
+        pack_lanes<T>(p, bias_row, jb - ja, n, T{1}, to);
+      } else {
+        for (int j = 0; j < jb - ja; j++)
+          for (int i = 0; i < kGroup; i++) to[j * kPanel + i] = p[std::min(i, n - 1) * bias_row + j * bias_column];
+      }
+    }
+  }
+};
+
+// The lanes' positions among the keys, relative to key k0.
+template <class T>
+TW_INLINE void positions(int64_t first, int count, T* out) {
+  for (int i = 0; i < count; i++) out[i] = static_cast<T>(first + i);
+}
+
+// Final values of 16 rows. `o_scale` multiplies their accumulators.
+template <class T>
+struct RowEnd {
+  alignas(64) T m[kGroup], log_l[kGroup], lse[kGroup], max_logit[kGroup], entropy[kGroup], o_scale[kGroup];
+
+  // The sink, a logit without a value, is merged last as the state (z, 1, 0).
+  RowEnd(const T* m_in, const T* l_in, const T* e_in, bool has_sink, const T* sink) {
+    for (int i = 0; i < kGroup; i += kWidth<T>) {
+      Vec<T> vm = load(m_in + i), l = load(l_in + i), e = load(e_in + i), scale = splat<T>(1);
+      const Vec<T> top = vm;
+      if (has_sink) {
+        const Vec<T> z = load(sink + i) * splat<T>(kLog2e);
+        const Merge<T> merge(vm, z);
+        const Vec<T> ez = select(equal(z, minus_infinity<T>()), zero<T>(), finite_max<T>(z) - finite_max<T>(merge.m));
+        const Vec<T> moved = shift_entropy<T>(e, l, vm, merge.m);
+        e = fma(moved, merge.a, merge.b * ez);
+        l = merge(l, splat<T>(1));
+        vm = merge.m;
+        scale = merge.a;
+      }
+      const Finished<T> end(vm, l, e);
+      store(m + i, end.m);
+      store(log_l + i, end.log_l);
+      store(lse + i, end.lse);
+      store(entropy + i, end.entropy);
+      store(max_logit + i, select(unordered(l), l, natural<T>(top) + zero<T>()));
+      store(o_scale + i, scale * end.inverse);
+    }
+  }
+
+  static void put(void* to, int64_t at, const T* from, int rows) {
+    if (to) std::memcpy(static_cast<T*>(to) + at, from, sizeof(T) * static_cast<size_t>(rows));
+  }
+  void write(const AttentionResults& out, int64_t at, int rows) const {
+    put(out.m, at, m, rows);
+    put(out.log_l, at, log_l, rows);
+    put(out.lse, at, lse, rows);
+    put(out.max_logit, at, max_logit, rows);
+    put(out.entropy, at, entropy, rows);
+  }
+};
+
+#include "simd/end.hpp"

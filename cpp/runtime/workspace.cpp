@@ -1,0 +1,42 @@
+#include "runtime/workspace.hpp"
+
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace tilewise {
+namespace {
+
+constexpr size_t kPage = size_t{2} << 20;
+constexpr size_t kKept = size_t{64} << 20;  // more than this is given back when a smaller piece is asked for
+
+struct Block {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Block() { std::free(data); }
+};
+
+thread_local Block block;
+
+}  // namespace
+
+void* workspace(size_t bytes) {
+  if (bytes <= block.size && block.size <= (bytes > kKept ? bytes : kKept)) return block.data;
+  std::free(block.data);
+  block = {};
+  size_t size = (bytes + kPage - 1) / kPage * kPage;
+  if (size < bytes) throw std::bad_alloc();
+  void* data = std::aligned_alloc(kPage, size);
+  if (!data) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(data, size, MADV_HUGEPAGE);
+#endif
+  block.data = data;
+  block.size = size;
+  return data;
+}
+
+}  // namespace tilewise

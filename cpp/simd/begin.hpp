@@ -1,0 +1,26 @@
+// Opens the region in which code is compiled for one target. The unit defines TILEWISE_TARGET_<NAME>; standard headers stay
+// outside, so that nothing the linker may merge carries an instruction that another target lacks.
+#if defined(TILEWISE_TARGET_AVX512)
+#define TILEWISE_NS avx512
+#if defined(__clang__)
+#pragma clang attribute push(                                                                  \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+#elif defined(TILEWISE_TARGET_AVX2)
+#define TILEWISE_NS avx2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#elif defined(TILEWISE_TARGET_PORTABLE)
+#define TILEWISE_NS portable
+#else
+#error "define TILEWISE_TARGET_AVX512, TILEWISE_TARGET_AVX2 or TILEWISE_TARGET_PORTABLE"
+#endif
+namespace tilewise::TILEWISE_NS {

@@ -1,0 +1,70 @@
+#include "simd/targets.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace tilewise {
+namespace {
+
+constexpr Target kAll[] = {Target::kAvx512, Target::kAvx2, Target::kPortable};
+
+bool runs_here(Target target) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (target == Target::kAvx2) return avx2;
+  if (target == Target::kAvx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return target == Target::kPortable;
+}
+
+Target parse(const std::string& name, const char* source) {
+  std::string names;
+  for (Target t : kAll) {
+    if (!runs_here(t)) continue;
+    if (name == target_name(t)) return t;
+    names += std::string(names.empty() ? "" : ", ") + target_name(t);
+  }
+  throw std::invalid_argument(std::string(source) + " must be one of " + names + ", got '" + name + "'");
+}
+
+Target initial() {
+  if (const char* name = std::getenv("TILEWISE_TARGET"); name && *name) return parse(name, "TILEWISE_TARGET");
+  for (Target t : kAll)
+    if (runs_here(t)) return t;
+  return Target::kPortable;
+}
+
+std::atomic<int> chosen{-1};
+
+}  // namespace
+
+const char* target_name(Target target) {
+  switch (target) {
+    case Target::kAvx512: return "avx512";
+    case Target::kAvx2: return "avx2";
+    default: return "portable";
+  }
+}
+
+std::vector<std::string> available_targets() {
+  std::vector<std::string> names;
+  for (Target t : kAll)
+    if (runs_here(t)) names.push_back(target_name(t));
+  return names;
+}
+
+Target active_target() {
+  if (chosen.load() < 0) {
+    int none = -1;
+    chosen.compare_exchange_strong(none, static_cast<int>(initial()));
+  }
+  return static_cast<Target>(chosen.load());
+}
+
+void set_target(const std::string& name) { chosen.store(static_cast<int>(parse(name, "target"))); }
+
+}  // namespace tilewise

@@ -1,0 +1,15 @@
+// The targets that were built and that this CPU can run. TILEWISE_TARGET forces one.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace tilewise {
+
+enum class Target { kAvx512, kAvx2, kPortable };
+
+std::vector<std::string> available_targets();  // best first
+Target active_target();                        // throws std::invalid_argument where TILEWISE_TARGET names none of them
+const char* target_name(Target target);
+void set_target(const std::string& name);  // throws std::invalid_argument
+
+}  // namespace tilewise

@@ -1,0 +1,1 @@
+"""Foundations shared by every operator: errors, dimensions, masks and types."""

@@ -1,0 +1,1 @@
+"""Softmax attention: `spec` says what is promised, `reference` is the mathematics."""
