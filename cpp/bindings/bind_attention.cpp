@@ -31,7 +31,7 @@ void check(const A& x, const char* name, nb::dlpack::dtype dtype, std::initializ
 template <class A>
 View4 rows(const A& x, const char* name, nb::dlpack::dtype dtype, std::initializer_list<int64_t> shape) {
   check(x, name, dtype, shape);
-  if (x.shape(3) > 1 && x.stride(3) != 1)
+  if (x.size() > 0 && x.shape(3) > 1 && x.stride(3) != 1)
     throw std::invalid_argument(std::string("attention: ") + name + " must have a contiguous last dimension");
   return {x.data(), x.stride(0), x.stride(1), x.stride(2), 1};
 }
@@ -44,7 +44,7 @@ auto* values(const Maybe<A>& x, const char* name, nb::dlpack::dtype dtype, std::
   check(*x, name, dtype, shape);
   int64_t expected = 1;
   for (size_t i = x->ndim(); i-- > 0; expected *= static_cast<int64_t>(x->shape(i)))
-    if (x->shape(i) > 1 && x->stride(i) != expected)
+    if (x->size() > 0 && x->shape(i) > 1 && x->stride(i) != expected)
       throw std::invalid_argument(std::string("attention: ") + name + " must be contiguous");
   return static_cast<Pointer>(x->data());
 }

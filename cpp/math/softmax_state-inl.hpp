@@ -14,11 +14,11 @@ template <class T>
 TW_INLINE Vec<T> finite_max(Vec<T> m) {
   return max(set1(std::numeric_limits<T>::lowest()), m);
 }
-// sum of w (s - m) after the maximum moved from m_old to m_new
+// What is left of e = sum w (s - m) after the maximum moved from m_old to m_new and the weights were multiplied by a.
 template <class T>
-TW_INLINE Vec<T> shift_entropy(Vec<T> e, Vec<T> l, Vec<T> m_old, Vec<T> m_new) {
-  Vec<T> moved = fma(l, finite_max<T>(m_old) - finite_max<T>(m_new), e);
-  return select(equal(l, zero<T>()), zero<T>(), moved);
+TW_INLINE Vec<T> moved_entropy(Vec<T> e, Vec<T> l, Vec<T> m_old, Vec<T> m_new, Vec<T> a) {
+  const Vec<T> moved = fma(l, finite_max<T>(m_old) - finite_max<T>(m_new), e) * a;
+  return select(equal(l * a, zero<T>()), zero<T>(), moved);
 }
 
 // Factors by which two states are rescaled to their common maximum.
@@ -32,6 +32,9 @@ struct Merge {
     b = exp2<T>(finite_max<T>(mb) - top);
   }
   TW_MEMBER Vec<T> operator()(Vec<T> x, Vec<T> y) const { return fma(x, a, y * b); }
+  TW_MEMBER Vec<T> entropy(Vec<T> ea, Vec<T> la, Vec<T> ma, Vec<T> eb, Vec<T> lb, Vec<T> mb) const {
+    return moved_entropy<T>(ea, la, ma, m, a) + moved_entropy<T>(eb, lb, mb, m, b);
+  }
 };
 
 // A maximum in natural units. lowest() stands for itself: a logit of lowest() saturated when it was brought to base 2.

@@ -8,19 +8,32 @@
 constexpr int kDecodeRows = 4;  // rows worked on at once
 constexpr int kSubKeys = 32;    // keys whose values are read in one go, the next ones prefetched
 
-// s[g * kTileKeys + key] for 2 registers of keys; `rows` of them exist. Prefetches the rows at `next`.
+// Touches rows ahead line by line in the order of memory, which keeps the hardware's own prefetcher on the track.
+template <class T>
+struct RowsAhead {
+  static constexpr int kLine = 64 / sizeof(T);
+  const T* row;
+  int64_t ld;
+  int columns, column = 0;
+  template <int LINES>
+  TW_MEMBER void touch() {
+    TW_UNROLL for (int i = 0; i < LINES; i++) {
+      prefetch(row + column);
+      column += kLine;
+      if (column >= columns) column = 0, row += ld;
+    }
+  }
+};
+
+// s[g * kTileKeys + key] for 2 registers of keys; `rows` of them exist.
 template <class T, int G, bool TAIL>
-TW_INLINE void decode_scores_block(const T* k, int64_t ld, const T* q, int depth, T* s, int rows, const T* next, int64_t ld_next) {
-  constexpr int W = kWidth<T>, U = 2, kLine = 64 / sizeof(T);
+TW_INLINE void decode_scores_block(const T* k, int64_t ld, const T* q, int depth, T* s, int rows, RowsAhead<T> ahead) {
+  constexpr int W = kWidth<T>, U = 2;
   Vec<T> acc[U][G];
   TW_UNROLL for (int u = 0; u < U; u++) TW_UNROLL for (int g = 0; g < G; g++) acc[u][g] = zero<T>();
   int d = 0;
   for (; d + 4 <= depth; d += 4) {
-    if (!TAIL) {
-      constexpr int kShare = (U * W * 4 + kLine - 1) / kLine;  // every row's line, spread over the steps that use it
-      const int r0 = d % kLine / 4 * kShare;
-      TW_UNROLL for (int r = 0; r < kShare; r++) prefetch(next + (r0 + r) * ld_next + d / kLine * kLine);
-    }
+    if (!TAIL) ahead.template touch<U * W * 4 / RowsAhead<T>::kLine>();
     TW_UNROLL for (int u = 0; u < U; u++) {
       const int have = rows - u * W;
       const int last = !TAIL || have > W ? W - 1 : have > 0 ? have - 1 : 0;
@@ -38,20 +51,18 @@ TW_INLINE void decode_scores_block(const T* k, int64_t ld, const T* q, int depth
   TW_UNROLL for (int u = 0; u < U; u++) TW_UNROLL for (int g = 0; g < G; g++) store(s + g * kTileKeys + u * W, acc[u][g]);
 }
 
-// o = o alpha + sum over keys, for NV registers of columns. A tile's chain is parked in `part` between calls.
+// o = o alpha + sum over keys, for NV registers of columns. A chain is parked in `part` between calls.
 template <class T, int G, int NV, bool EDGE>
 TW_INLINE void decode_values_block(const T* v, int64_t ld, const T* w, const uint8_t* allow, int ja, int jb, T* o, T* part,
-                                   int64_t ldo, bool first, bool last, const T* alpha, const T* next, int64_t ld_next) {
+                                   int64_t ldo, bool first, bool last, const T* alpha, RowsAhead<T>& ahead) {
   constexpr int W = kWidth<T>;
   Vec<T> acc[G][NV];
   TW_UNROLL for (int g = 0; g < G; g++) TW_UNROLL for (int i = 0; i < NV; i++)
     acc[g][i] = first ? zero<T>() : load(part + g * ldo + i * W);
-  for (int j = ja; j < jb; j++, next += ld_next) {
+  for (int j = ja; j < jb; j++) {
     Vec<T> x[NV];
-    TW_UNROLL for (int i = 0; i < NV; i++) {
-      x[i] = load(v + j * ld + i * W);
-      if (i * W % (64 / sizeof(T)) == 0) prefetch(next + i * W);
-    }
+    TW_UNROLL for (int i = 0; i < NV; i++) x[i] = load(v + j * ld + i * W);
+    ahead.template touch<(NV * W + RowsAhead<T>::kLine - 1) / RowsAhead<T>::kLine>();
     TW_UNROLL for (int g = 0; g < G; g++) {
       if (EDGE && !allow[g * kTileKeys + j]) continue;
       const Vec<T> y = set1(w[g * kTileKeys + j]);
@@ -144,8 +155,7 @@ class DecodeBody {
       const Merge<T> merge(ma, mb);
       store(m_of(a) + r, merge.m);
       store(l_of(a) + r, merge(la, lb));
-      store(e_of(a) + r, merge(shift_entropy<T>(load(e_of(a) + r), la, ma, merge.m),
-                               shift_entropy<T>(load(e_of(b) + r), lb, mb, merge.m)));
+      store(e_of(a) + r, merge.entropy(load(e_of(a) + r), la, ma, load(e_of(b) + r), lb, mb));
       for (int i = 0; i < kWidth<T> && r + i < rows; i++) {
         T *x = a + (r + i) * ldo_, *y = b + (r + i) * ldo_;
         for (int64_t d = 0; d < ldo_; d += kWidth<T>)
@@ -208,16 +218,16 @@ class DecodeBody {
     constexpr int kKeys = 2 * kWidth<T>;
     const int begin = ja / kKeys * kKeys, end = (jb + kKeys - 1) / kKeys * kKeys;
     const T* k = in_.k.at<T>(b_, hk_, k0);
-    const T* v = in_.v.at<T>(b_, hk_, k0);
-    const int depth = static_cast<int>(in_.D);
+    const T* v = in_.v.at<T>(b_, hk_, k0);  // prefetched
+    const int depth = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
     for (int j = begin; j < end; j += kKeys) {
       const int rows = std::min(kKeys, keys - j);
       const bool more = j + kKeys < end;
       if (rows == kKeys)
         decode_scores_block<T, G, false>(k + j * in_.k.row, in_.k.row, q_, depth, s_ + j, rows,
-                                         more ? k + (j + kKeys) * in_.k.row : v + ja * in_.v.row, more ? in_.k.row : in_.v.row);
+                                         more ? ahead(in_.k, k + (j + kKeys) * in_.k.row, depth) : ahead(in_.v, v + ja * in_.v.row, Dv));
       else
-        decode_scores_block<T, G, true>(k + j * in_.k.row, in_.k.row, q_, depth, s_ + j, rows, k, in_.k.row);
+        decode_scores_block<T, G, true>(k + j * in_.k.row, in_.k.row, q_, depth, s_ + j, rows, ahead(in_.k, k, depth));
     }
     alignas(64) T alpha[kDecodeRows];
     for (int g = 0; g < G; g++) {
@@ -227,29 +237,45 @@ class DecodeBody {
         if (j < ja || j >= jb || (edge && !allow_[g * kTileKeys + j])) s[j] = -std::numeric_limits<T>::infinity();
       alpha[g] = weights(s, x_ + g * kTileKeys, begin, end, m_of(state) + r + g, l_of(state) + r + g, e_of(state) + r + g);
     }
-    T* o = state + r * ldo_;
-    for (int js = ja; js < jb; js += kSubKeys) {
-      const int je = std::min(js + kSubKeys, jb);
-      const bool more = je < jb;
-      const T* next = more ? v + je * in_.v.row : k + kTileKeys * in_.k.row;
-      const int64_t ld_next = more ? in_.v.row : in_.k.row;
+    for (int begin = 0; begin < jb; begin += kChainKeys) chain<G>(begin, ja, jb, edge, k0, state + r * ldo_, alpha);
+  }
+
+  // Values of the keys of one chain, in runs whose successors are prefetched; the first chain of a tile rescales o.
+  template <int G>
+  void chain(int begin, int ja, int jb, bool edge, int64_t k0, T* o, const T* alpha) {
+    const T ones[kDecodeRows] = {1, 1, 1, 1};
+    const T* factor = begin == 0 ? alpha : ones;
+    const int a = std::max(ja, begin), b = std::min(jb, begin + kChainKeys);
+    if (a >= b) {
+      if (begin == 0)
+        for (int g = 0; g < G; g++)
+          for (int64_t d = 0; d < ldo_; d++) o[g * ldo_ + d] *= alpha[g];
+      return;
+    }
+    const T *k = in_.k.at<T>(b_, hk_, k0), *v = in_.v.at<T>(b_, hk_, k0);
+    for (int js = a; js < b; js = (js / kSubKeys + 1) * kSubKeys) {
+      const int je = std::min((js / kSubKeys + 1) * kSubKeys, b);
+      RowsAhead<T> next = je < jb ? ahead(in_.v, v + je * in_.v.row, static_cast<int>(in_.Dv))
+                                  : ahead(in_.k, k + kTileKeys * in_.k.row, static_cast<int>(in_.D));
       if (edge)
-        values<G, true>(v, js, je, o, js == ja, je == jb, alpha, next, ld_next);
+        values<G, true>(v, js, je, o, js == a, je == b, factor, next);
       else
-        values<G, false>(v, js, je, o, js == ja, je == jb, alpha, next, ld_next);
+        values<G, false>(v, js, je, o, js == a, je == b, factor, next);
     }
   }
 
+  static RowsAhead<T> ahead(const View4& x, const T* row, int columns) { return {row, x.row, columns}; }
+
   template <int G, bool EDGE>
-  void values(const T* v, int js, int je, T* o, bool first, bool last, const T* alpha, const T* next, int64_t ld_next) {
+  void values(const T* v, int js, int je, T* o, bool first, bool last, const T* alpha, RowsAhead<T>& next) {
     constexpr int NV = kVectorBytes == 64 ? 4 : 2, W = kWidth<T>;
     const int64_t ld = in_.v.row;
     const int n = static_cast<int>(in_.Dv);
     int d = 0;
     for (; d + NV * W <= n; d += NV * W)
-      decode_values_block<T, G, NV, EDGE>(v + d, ld, s_, allow_, js, je, o + d, part_ + d, ldo_, first, last, alpha, next + d, ld_next);
+      decode_values_block<T, G, NV, EDGE>(v + d, ld, s_, allow_, js, je, o + d, part_ + d, ldo_, first, last, alpha, next);
     for (; d + W <= n; d += W)
-      decode_values_block<T, G, 1, EDGE>(v + d, ld, s_, allow_, js, je, o + d, part_ + d, ldo_, first, last, alpha, next + d, ld_next);
+      decode_values_block<T, G, 1, EDGE>(v + d, ld, s_, allow_, js, je, o + d, part_ + d, ldo_, first, last, alpha, next);
     for (; d < n; d++) {
       for (int g = 0; g < G; g++) {
         T acc = first ? T{0} : part_[g * ldo_ + d];
@@ -295,8 +321,7 @@ class DecodeBody {
     }
     const T a = exp2<T>(set1(old - high))[0];
     if (out_.entropy) {
-      const T moved = shift_entropy<T>(set1(*e), set1(*l), set1(*m), set1(fresh))[0];
-      *e = fused(moved, a, sum_by_key(x, begin, end));
+      *e = moved_entropy<T>(set1(*e), set1(*l), set1(*m), set1(fresh), set1(a))[0] + sum_by_key(x, begin, end);
     }
     *l = fused(*l, a, sum_by_key(s, begin, end));
     *m = fresh;

@@ -81,7 +81,7 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
     store(alpha + at, a);
     store(m + at, fresh);
     store(l + at, fma(before, a, (sum[0] + sum[2]) + (sum[1] + sum[3])));
-    if (ENTROPY) store(e + at, fma(shift_entropy<T>(load(e + at), before, old, fresh), a, (ent[0] + ent[2]) + (ent[1] + ent[3])));
+    if (ENTROPY) store(e + at, moved_entropy<T>(load(e + at), before, old, fresh, a) + ((ent[0] + ent[2]) + (ent[1] + ent[3])));
   }
 }
 
@@ -195,8 +195,7 @@ class ForwardBody {
       const Merge<T> merge(ma, mb);
       store(total_->m + at, merge.m);
       store(total_->l + at, merge(la, lb));
-      store(total_->e + at, merge(shift_entropy<T>(load(total_->e + at), la, ma, merge.m),
-                                  shift_entropy<T>(load(now_->e + at), lb, mb, merge.m)));
+      store(total_->e + at, merge.entropy(load(total_->e + at), la, ma, load(now_->e + at), lb, mb));
       T* x = total_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
       const T* y = now_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
       for (int64_t d = 0; d < in_.Dv; d++) store(x + d * kPanel, merge(load(x + d * kPanel), load(y + d * kPanel)));

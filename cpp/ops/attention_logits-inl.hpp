@@ -84,11 +84,10 @@ struct RowEnd {
       const Vec<T> top = vm;
       if (has_sink) {
         const Vec<T> z = load(sink + i) * splat<T>(kLog2e);
+        const Vec<T> one = select(equal(z, minus_infinity<T>()), zero<T>(), splat<T>(1));  // a sink of -inf is none
         const Merge<T> merge(vm, z);
-        const Vec<T> ez = select(equal(z, minus_infinity<T>()), zero<T>(), finite_max<T>(z) - finite_max<T>(merge.m));
-        const Vec<T> moved = shift_entropy<T>(e, l, vm, merge.m);
-        e = fma(moved, merge.a, merge.b * ez);
-        l = merge(l, splat<T>(1));
+        e = merge.entropy(e, l, vm, zero<T>(), one, z);
+        l = merge(l, one);
         vm = merge.m;
         scale = merge.a;
       }

@@ -104,8 +104,8 @@ class VjpBody {
       tile.dbias = arena.take<T>(kGradQueries);
       if (tiles_) place_tile(tiles_[t], tile);
     }
-    k_ = arena.take<T>(kGradKeys * dp_);
-    v_ = arena.take<T>(kGradKeys * dvp_);
+    k_ = arena.take<T>(keys * dp_);
+    v_ = arena.take<T>(keys * dvp_);
     dk_ = arena.take<T>(keys * dp_);
     dv_ = arena.take<T>(keys * dvp_);
     dbias_keys_ = arena.take<T>(keys);
@@ -236,7 +236,9 @@ class VjpBody {
     const T scale = static_cast<T>(in_.softmax_scale);
     for (int r = 0; r < t.rows; r++) {
       T* to = grads_.dq.at_mut<T>(b_, h_, t.q0 + r);
-      for (int64_t d = 0; d < in_.D; d++) to[d] = t.dq[r * dp_ + d] * scale + T{0};
+      T* row = t.dq + r * dp_;
+      for (int64_t d = 0; d < dp_; d += kWidth<T>) store(row + d, load(row + d) * set1(scale));
+      add_row<T>(to, row, in_.D, true);
     }
   }
 
@@ -245,16 +247,19 @@ class VjpBody {
       for (int r = 0; r < tiles_[i].rows; r++) *grads_.dbias.at_mut<T>(b_, h_, tiles_[i].q0 + r) += tiles_[i].dbias[r];
   }
 
+  // Keys [k0, k1) against all query tiles; dk and dv of the chunk grow here and are added in the order of the steps.
   void key_chunk(int64_t unit, int64_t step, int64_t c, int64_t begin, int64_t end, bool first) {
     const int64_t k0 = c * kGradChunk, k1 = std::min(in_.Nk, k0 + kGradChunk);
     const bool empty = std::max(begin, k0) >= std::min(end, k1);
     if (!empty) {
-      std::memset(dk_, 0, sizeof(T) * static_cast<size_t>((k1 - k0) * dp_));
-      std::memset(dv_, 0, sizeof(T) * static_cast<size_t>((k1 - k0) * dvp_));
-      std::memset(dbias_keys_, 0, sizeof(T) * static_cast<size_t>(k1 - k0));
+      load_keys(k0, static_cast<int>(k1 - k0));
       if (schedule_.bias_shared) schedule_.wait(unit, c, step);
-      for (int64_t k = std::max(k0, begin / kGradKeys * kGradKeys); k < std::min(k1, end); k += kGradKeys)
-        key_tile(k, static_cast<int>(std::min<int64_t>(kGradKeys, k1 - k)), k - k0);
+      for (int i = 0; i < count_; i++) {
+        QueryTile<T>& t = tiles_[i];
+        const int64_t from = std::max(k0, t.mask.key_begin / kGradKeys * kGradKeys), to = std::min(k1, t.mask.key_end);
+        for (int64_t k = from; k < to; k += kGradKeys)
+          pair_of_tiles(t, k, static_cast<int>(std::min<int64_t>(kGradKeys, k1 - k)), k - k0);
+      }
     }
     schedule_.wait(unit, c, step);
     if (first || !empty) add_keys(k0, k1, first, empty);
@@ -265,59 +270,51 @@ class VjpBody {
   // dk and dv of the chunk: the first step of a KV head sets them, later ones add
   void add_keys(int64_t k0, int64_t k1, bool first, bool empty) {
     for (int64_t k = k0; k < k1; k++) {
-      add_row(grads_.dk.at_mut<T>(b_, hk_, k), dk_ + (k - k0) * dp_, in_.D, first, empty);
-      add_row(grads_.dv.at_mut<T>(b_, hk_, k), dv_ + (k - k0) * dvp_, in_.Dv, first, empty);
+      T *dk = grads_.dk.at_mut<T>(b_, hk_, k), *dv = grads_.dv.at_mut<T>(b_, hk_, k);
+      if (empty) {
+        std::memset(dk, 0, sizeof(T) * static_cast<size_t>(in_.D));
+        std::memset(dv, 0, sizeof(T) * static_cast<size_t>(in_.Dv));
+      } else {
+        add_row<T>(dk, dk_ + (k - k0) * dp_, in_.D, first);
+        add_row<T>(dv, dv_ + (k - k0) * dvp_, in_.Dv, first);
+      }
     }
-    if (empty || schedule_.bias == BiasGradient::kNone || schedule_.bias == BiasGradient::kFull ||
-        schedule_.bias == BiasGradient::kOverKeys)
-      return;
-    for (int64_t k = k0; k < k1; k++)
-      grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
-  }
-
-  static void add_row(T* to, const T* from, int64_t n, bool first, bool empty) {
-    if (first && empty)
-      std::memset(to, 0, sizeof(T) * static_cast<size_t>(n));
-    else if (first)
-      for (int64_t d = 0; d < n; d++) to[d] = from[d] + T{0};
-    else
-      for (int64_t d = 0; d < n; d++) to[d] += from[d];
+    if (empty || (schedule_.bias != BiasGradient::kOverQueries && schedule_.bias != BiasGradient::kOverBoth)) return;
+    for (int64_t k = k0; k < k1; k++) grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
   }
 
   void load_keys(int64_t k0, int keys) {
-    pack_rows(in_.k.at<T>(b_, hk_, k0), in_.k.row, in_.D, keys, k_, dp_);
-    pack_rows(in_.v.at<T>(b_, hk_, k0), in_.v.row, in_.Dv, keys, v_, dvp_);
-    keys_finite_ = all_finite<T>(k_, dp_, static_cast<int>(dp_), keys) && all_finite<T>(v_, dvp_, static_cast<int>(dvp_), keys);
-  }
-  static void pack_rows(const T* x, int64_t ld, int64_t columns, int rows, T* out, int64_t ldo) {
-    for (int r = 0; r < rows; r++) {
-      std::memcpy(out + r * ldo, x + r * ld, sizeof(T) * static_cast<size_t>(columns));
-      for (int64_t d = columns; d < ldo; d++) out[r * ldo + d] = 0;
+    for (int j = 0; j < keys; j += kGradKeys) {
+      const int n = std::min(kGradKeys, keys - j);
+      T *k = k_ + j * dp_, *v = v_ + j * dvp_;
+      for (int r = 0; r < n; r++) {
+        copy_row<T>(in_.k.at<T>(b_, hk_, k0 + j + r), in_.D, dp_, splat<T>(1), k + r * dp_);
+        copy_row<T>(in_.v.at<T>(b_, hk_, k0 + j + r), in_.Dv, dvp_, splat<T>(1), v + r * dvp_);
+      }
+      keys_finite_[j / kGradKeys] = all_finite<T>(k, dp_, static_cast<int>(dp_), n) && all_finite<T>(v, dvp_, static_cast<int>(dvp_), n);
     }
+    std::memset(dk_, 0, sizeof(T) * static_cast<size_t>(keys * dp_));
+    std::memset(dv_, 0, sizeof(T) * static_cast<size_t>(keys * dvp_));
+    std::memset(dbias_keys_, 0, sizeof(T) * static_cast<size_t>(keys));
   }
 
-  void key_tile(int64_t k0, int keys, int64_t row) {
-    bool loaded = false;
-    for (int i = 0; i < count_; i++) {
-      QueryTile<T>& t = tiles_[i];
-      if (std::max(t.mask.key_begin, k0) >= std::min(t.mask.key_end, k0 + keys)) continue;
-      Segment segments[kGradPanels][kMaxSegments];
-      int counts[kGradPanels];
-      if (!look(t, k0, keys, segments, counts)) continue;
-      if (!loaded) load_keys(k0, keys);
-      loaded = true;
-      for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, keys, segments[p], counts[p]);
-      if (schedule_.bias != BiasGradient::kNone) add_bias(t, k0, keys, row);
-      if (logits_->softcap) through_softcap(t, keys);
-      if (!whole_ && !(keys_finite_ && t.finite))
-        add_products_checked(t, keys, row);
-      else
-        add_products(t, keys, row);
-    }
+  // Keys [k0, k0 + keys), which stand at `row` of the chunk.
+  void pair_of_tiles(QueryTile<T>& t, int64_t k0, int keys, int64_t row) {
+    Segment segments[kGradPanels][kGradSteps];
+    int counts[kGradPanels];
+    if (!look(t, k0, keys, segments, counts)) return;
+    const T *k = k_ + row * dp_, *v = v_ + row * dvp_;
+    for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, keys, k, v, segments[p], counts[p]);
+    if (schedule_.bias != BiasGradient::kNone) add_bias(t, k0, keys, row);
+    if (logits_->softcap) through_softcap(t, keys);
+    if (!whole_ && !(keys_finite_[row / kGradKeys] && t.finite))
+      add_products_checked(t, keys, row);
+    else
+      add_products(t, keys, row);
   }
 
   // Fills seen_, the edge words and the segments of every panel. False where no pair is seen.
-  bool look(const QueryTile<T>& t, int64_t k0, int keys, Segment (*segments)[kMaxSegments], int* counts) {
+  bool look(const QueryTile<T>& t, int64_t k0, int keys, Segment (*segments)[kGradSteps], int* counts) {
     std::memset(seen_, 0, sizeof seen_);
     bool any = false;
     whole_ = true;
@@ -340,7 +337,7 @@ class VjpBody {
   }
 
   // p and ds of one panel, zero where nothing is seen
-  void panel(QueryTile<T>& t, int p, int64_t k0, int keys, const Segment* segments, int count) {
+  void panel(QueryTile<T>& t, int p, int64_t k0, int keys, const T* k, const T* v, const Segment* segments, int count) {
     const int at = p * kPanel, D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
     const uint16_t* words = words_ + p * kGradKeys * kPanelGroups;
     const T *q = t.q_lanes + int64_t{at} * D, *d_o = t.do_lanes + int64_t{at} * Dv;
@@ -354,15 +351,15 @@ class VjpBody {
     for (int i = 0; i < count; i++) {
       const Segment& s = segments[i];
       if (!logits_->plain) {
-        scores<T>(k_, dp_, q, D, StoreRaw<T>{prob}, s);
-        scores<T>(v_, dvp_, d_o, Dv, StoreRaw<T>{ds}, s);
+        scores<T>(k, dp_, q, D, StoreRaw<T>{prob}, s);
+        scores<T>(v, dvp_, d_o, Dv, StoreRaw<T>{ds}, s);
         apply_options(t, p, k0, s, words);
       } else if (s.edge) {
-        scores<T>(k_, dp_, q, D, StoreWeights<T, true>{prob, t.m + at, t.log2_l + at, words}, s);
-        scores<T>(v_, dvp_, d_o, Dv, StoreGradient<T, true>{ds, prob, t.delta + at, words}, s);
+        scores<T>(k, dp_, q, D, StoreWeights<T, true>{prob, t.m + at, t.log2_l + at, words}, s);
+        scores<T>(v, dvp_, d_o, Dv, StoreGradient<T, true>{ds, prob, t.delta + at, words}, s);
       } else {
-        scores<T>(k_, dp_, q, D, StoreWeights<T, false>{prob, t.m + at, t.log2_l + at, words}, s);
-        scores<T>(v_, dvp_, d_o, Dv, StoreGradient<T, false>{ds, prob, t.delta + at, words}, s);
+        scores<T>(k, dp_, q, D, StoreWeights<T, false>{prob, t.m + at, t.log2_l + at, words}, s);
+        scores<T>(v, dvp_, d_o, Dv, StoreGradient<T, false>{ds, prob, t.delta + at, words}, s);
       }
     }
   }
@@ -445,7 +442,7 @@ class VjpBody {
         int ja = 0, jb = keys;
         if (!whole_) key_range(q, q + rows, keys, &ja, &jb);
         add_product<T, true>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, dp_ - d)), ds_ + ja * kGradQueries + q,
-                             kGradQueries, k_ + ja * dp_ + d, dp_, jb - ja, t.dq + q * dp_ + d, dp_);
+                             kGradQueries, k_ + (row + ja) * dp_ + d, dp_, jb - ja, t.dq + q * dp_ + d, dp_);
       }
   }
 
@@ -490,7 +487,7 @@ class VjpBody {
     }
     for (int q = 0; q < t.rows; q++)
       add_seen(keys, [&](int j) { return sees(j, q); }, [&](int j) { return ds_[j * kGradQueries + q]; },
-               [&](int j, int64_t d) { return k_ + j * dp_ + d; }, t.dq + q * dp_, dp_);
+               [&](int j, int64_t d) { return k_ + (row + j) * dp_ + d; }, t.dq + q * dp_, dp_);
   }
 
   static const T* block_row(const T* blocks, int q, int64_t d) {
@@ -514,7 +511,7 @@ class VjpBody {
   const Logits<T>* logits_ = nullptr;
   int64_t dp_, dvp_, b_ = 0, h_ = 0, hk_ = 0;
   int count_ = 0;
-  bool keys_finite_ = true, whole_ = true;
+  bool keys_finite_[kGradChunk / kGradKeys] = {}, whole_ = true;
   QueryTile<T>* tiles_ = nullptr;
   T *k_ = nullptr, *v_ = nullptr, *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr, *p_ = nullptr, *ds_ = nullptr,
     *tanh_ = nullptr, *bias_ = nullptr, *columns_ = nullptr;

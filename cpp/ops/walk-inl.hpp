@@ -89,22 +89,11 @@ class MaskBlock {
     }
     int count = 0;
     for (int j = 0; j < keys; j += kStep) {
-      const int end = std::min(j + kStep, keys);
-      Segment s{j, end, kPanelGroups, 0, false};
-      for (int g = 0; g < n; g++) {
-        Seen seen = look(g0 + g, k0 + j, k0 + end);
-        if (seen == Seen::kSome) seen = words(g0 + g, k0 + j, k0 + end, edge + j * kPanelGroups + g, kPanelGroups);
-        else set_words(seen == Seen::kAll ? 0xffff : 0, j, end, edge + g);
-        if (seen == Seen::kNone) continue;
-        s.na = std::min(s.na, g);
-        s.nb = g + 1;
-      }
+      const Segment s = step(g0, n, k0, j, std::min(j + kStep, keys), edge);
       if (s.na >= s.nb) continue;
-      for (int i = j; i < end; i++)
-        for (int g = s.na; g < s.nb; g++) s.edge |= edge[i * kPanelGroups + g] != 0xffff;
       Segment* last = count ? &out[count - 1] : nullptr;
       if (last && last->jb == j && last->na == s.na && last->nb == s.nb && last->edge == s.edge)
-        last->jb = end;
+        last->jb = s.jb;
       else
         out[count++] = s;
     }
@@ -116,8 +105,24 @@ class MaskBlock {
     int32_t lo[2], hi[2], full_lo[2], full_hi[2];
   };
 
-  static void set_words(uint16_t word, int j, int end, uint16_t* out) {
-    for (; j < end; j++) out[j * kPanelGroups] = word;
+  // The groups of a panel that see keys [j, end) of the tile, and their words where some pair is masked.
+  Segment step(int g0, int n, int64_t k0, int j, int end, uint16_t* edge) const {
+    Segment s{j, end, kPanelGroups, 0, false};
+    Seen seen[kPanelGroups];
+    for (int g = 0; g < n; g++) {
+      seen[g] = look(g0 + g, k0 + j, k0 + end);
+      if (seen[g] == Seen::kSome) seen[g] = words(g0 + g, k0 + j, k0 + end, edge + j * kPanelGroups + g, kPanelGroups);
+      if (seen[g] == Seen::kNone) continue;
+      s.edge |= seen[g] == Seen::kSome;
+      s.na = std::min(s.na, g);
+      s.nb = g + 1;
+    }
+    for (int g = s.na; g < s.nb; g++) s.edge |= seen[g] == Seen::kNone;
+    if (s.edge)
+      for (int g = s.na; g < s.nb; g++)
+        if (seen[g] != Seen::kSome)
+          for (int i = j; i < end; i++) edge[i * kPanelGroups + g] = seen[g] == Seen::kAll ? 0xffff : 0;
+    return s;
   }
 
   void load_rows(const int32_t* rows) {

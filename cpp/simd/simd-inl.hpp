@@ -195,6 +195,16 @@ TW_INLINE VecD ldexp_cut(VecD p, VecD, VecD bits, VecD x, double cut) {
 }
 #endif
 
+// A load that stays in a register: folded into each multiply-add that uses it, it would be done again and again.
+template <class T>
+TW_INLINE Vec<T> load_once(const T* p) {
+  Vec<T> x = load(p);
+#if !defined(TILEWISE_TARGET_PORTABLE)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 template <class T>
 TW_INLINE Vec<T> zero() {
   return Vec<T>{};

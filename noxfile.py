@@ -1,0 +1,163 @@
+"""Every check of the project, each in an environment of its own: `nox -l` lists them."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests", "lint", "types", "layers", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+
+
+def install(session: nox.Session, *what: str) -> None:
+    """Install at the versions that the constraints name."""
+    session.install("-c", "constraints.txt", *what)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole suite on the running Python."""
+    install(session, ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def pythons(session: nox.Session) -> None:
+    """The whole suite on every supported Python."""
+    install(session, ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style of Python and C++."""
+    install(session, *tools("ruff", "clang-format"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    sources = sorted(str(path) for path in Path("cpp").rglob("*.[ch]pp"))
+    session.run("clang-format", "--dry-run", "-Werror", *sources)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types, and the stub of the compiled module against the module itself."""
+    install(session, ".", *tools("mypy"))
+    session.run("mypy")
+    stubtest = ["python", "-m", "mypy.stubtest", "--concise", "tilewise._core"]
+    report = str(session.run(*stubtest, silent=True, success_codes=[0, 1]))
+    # nanobind has a type of its own for functions, which stubtest does not take for one.
+    lines = [line for line in report.splitlines() if line.startswith("tilewise.")]
+    wrong = [line for line in lines if not line.endswith(" is not a function")]
+    if wrong:
+        session.error("\n".join(wrong))
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """Who may import whom."""
+    install(session, *tools("import-linter"))
+    session.run("lint-imports", env={"PYTHONPATH": "src"})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, with every warning an error."""
+    install(session, *extra("docs"))
+    session.run("zensical", "build", "--clean", "--strict", "--config-file", "mkdocs.yml")
+
+
+@nox.session
+def asan(session: nox.Session) -> None:
+    """The compiled core under the address and undefined-behaviour sanitizers."""
+    sanitized(
+        session,
+        "address,undefined",
+        "libasan.so",
+        {
+            # The interpreter itself keeps memory until it exits: leaks there are not ours.
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        },
+    )
+
+
+@nox.session
+def tsan(session: nox.Session) -> None:
+    """The compiled core under the thread sanitizer."""
+    sanitized(
+        session,
+        "thread",
+        "libtsan.so",
+        {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
+    )
+
+
+@nox.session
+def clang(session: nox.Session) -> None:
+    """The whole suite against the core as clang compiles it."""
+    if shutil.which("clang++") is None:
+        session.skip("clang++ is not installed")
+    session.install("-c", "constraints.txt", ".[test]", env={"CC": "clang", "CXX": "clang++"})
+    session.run("pytest", *session.posargs)
+
+
+def extra(name: str) -> list[str]:
+    """The requirements of one extra of the project."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    return list(project["optional-dependencies"][name])
+
+
+def tools(*names: str) -> list[str]:
+    """Single requirements from the extra `lint`."""
+    return [line for line in extra("lint") if line.startswith(names)]
+
+
+def sanitized(session: nox.Session, kinds: str, library: str, options: dict[str, str]) -> None:
+    """Build the core with a sanitizer and run the tests marked `sanitize`."""
+    install(session, *extra("test"), "numpy")
+    session.install(
+        "-c",
+        "constraints.txt",
+        "-C",
+        f"cmake.define.TILEWISE_SANITIZE={kinds}",
+        "-C",
+        "cmake.build-type=RelWithDebInfo",
+        "-C",
+        "install.strip=false",
+        ".",
+        env={"CC": "gcc", "CXX": "g++"},
+    )
+    # The interpreter is not instrumented, so the runtime has to be in the process before it.
+    found = subprocess.run(
+        ["g++", f"-print-file-name={library}"], check=True, capture_output=True, text=True
+    )
+    python = os.path.join(session.bin, "python")
+    # Address randomisation collides with the fixed shadow memory of the thread sanitizer.
+    fixed = ["setarch", "-R"] if can_fix_addresses() else []
+    session.run(
+        *fixed,
+        "env",
+        f"LD_PRELOAD={found.stdout.strip()}",
+        python,
+        "-m",
+        "pytest",
+        "-m",
+        "sanitize",
+        # A report of the sanitizer ends the process, and pytest's own capture would swallow it.
+        "--capture=sys",
+        *session.posargs,
+        env={**options, "OPENBLAS_NUM_THREADS": "1"},
+        external=True,
+    )
+
+
+def can_fix_addresses() -> bool:
+    """Whether this machine lets a process switch off address randomisation."""
+    if shutil.which("setarch") is None:
+        return False
+    return subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0

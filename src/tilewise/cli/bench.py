@@ -1,0 +1,201 @@
+"""`tilewise bench`: tilewise beside textbook NumPy and PyTorch in one alternating run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from tilewise.cli.files import replace_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tilewise.bench.attention import Case
+
+__all__ = ["attention", "register"]
+
+_DTYPES = ("float32", "float64")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command group to the application."""
+    group = typer.Typer(no_args_is_help=True, help="Speed beside other libraries, after a check.")
+    group.callback()(_group)
+    group.command("attention")(attention)
+    app.add_typer(group, name="bench")
+
+
+def _group() -> None:
+    """Speed beside other libraries, after a check of the results."""
+
+
+def attention(
+    n: Annotated[
+        list[int] | None,
+        typer.Option("--n", min=1, help="Time N queries and keys instead of a suite; repeatable."),
+    ] = None,
+    suite: Annotated[str, typer.Option("--suite", help="quick or full.")] = "quick",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="B, with --n.")] = 1,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="H, with --n.")] = 4,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1, max=512, help="D, with --n.")] = 64,
+    causal: Annotated[bool, typer.Option("--causal", help="With --n.")] = False,
+    window: Annotated[
+        int | None, typer.Option("--window", min=0, help="Causal window, with --n.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of every contender.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float64.")] = "float32",
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Least number of turns per contender.")
+    ] = 9,
+    implementation: Annotated[
+        str | None, typer.Option("--implementation", help="cpu or reference.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw GFLOP/s there.")
+    ] = None,
+) -> None:
+    """Forward and backward of attention; no figure is shown for a result that is wrong."""
+    from tilewise.bench.attention import SUITES, custom_case
+
+    if dtype not in _DTYPES:
+        _fail(f"--dtype must be float32 or float64, got {dtype!r}")
+    if suite not in SUITES:
+        _fail(f"--suite must be {' or '.join(SUITES)}, got {suite!r}")
+    for path in (json_file, plot_file):
+        _check_writable(path)
+    if plot_file is not None:
+        _check_matplotlib()
+    cases = SUITES[suite]
+    if n:
+        sizes: dict[str, Any] = {"B": batch, "H": heads, "D": head_dim}
+        cases = tuple(custom_case(N, **sizes, causal=causal, window=window) for N in n)
+    result = _run(cases, dtype, threads, repeats, implementation)
+    if json_file is not None:
+        replace_text(json_file, json.dumps(result, indent=2) + "\n")
+    if plot_file is not None:
+        from tilewise.plot import bench_figure
+
+        bench_figure(result, plot_file)
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+def _fail(text: str) -> NoReturn:
+    """End with one line on standard error and exit status 2."""
+    typer.echo(f"bench: {text}", err=True)
+    raise typer.Exit(2)
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        _fail(f"{path}: cannot be written")
+
+
+def _check_matplotlib() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        _fail('--plot needs matplotlib: pip install "tilewise[plot]"')
+
+
+def _run(
+    cases: tuple[Case, ...],
+    dtype: str,
+    threads: int,
+    repeats: int,
+    implementation: str | None,
+) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from tilewise.bench.attention import CaseFailed, report, run_case
+
+    screen, runs, failed = Console(), [], []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    options: dict[str, Any] = {"dtype": dtype, "threads": threads, "repeats": repeats}
+    for case in cases:
+        try:
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                progress.add_task(case.name, total=None)
+                run = run_case(case, **options, implementation=implementation)
+        except CaseFailed as error:
+            failed.append(str(error))
+            typer.echo(f"bench: {error}", err=True)
+            continue
+        runs.append(run)
+        screen.print(_table(run, threads, dtype))
+    result = report(runs, dtype=dtype, threads=threads)
+    result["failed"] = failed
+    screen.print(_footer(result), highlight=False)
+    return result
+
+
+def _table(run: dict[str, Any], threads: int, dtype: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    counts = run["case"]["threads"] or (threads,)
+    shown = " and ".join(str(count) for count in counts)
+    plural = "" if tuple(counts) == (1,) else "s"
+    title = f"{run['case']['name']}: {dtype}, {shown} thread{plural}"
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE)
+    names = ("", "ms", "spread", "turns", "GFLOP/s", "of peak", "ratio")
+    for name in names:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    direction = None
+    for timing in run["timings"]:
+        if timing["direction"] != direction:
+            direction = timing["direction"]
+            table.add_row(f"[bold]{direction}[/]")
+        table.add_row(*_cells(timing, several=len(counts) > 1))
+    table.caption = "\n".join(_notes(run, counts)) or None
+    return table
+
+
+def _cells(timing: dict[str, Any], several: bool) -> list[str]:
+    share, name, median = timing["share_of_peak"], timing["contender"], timing["median_s"]
+    spread = (timing["upper_quartile_s"] - timing["lower_quartile_s"]) / median
+    return [
+        f"  {name}, {timing['threads']} thr." if several else f"  {name}",
+        f"{1e3 * median:.2f}",
+        f"{100 * spread:.0f} %",
+        str(timing["rounds"]),
+        f"{timing['gflops']:.1f}",
+        "" if share is None else f"{100 * share:.0f} %",
+        f"{timing['ratio']:.2f}",
+    ]
+
+
+def _notes(run: dict[str, Any], counts: Sequence[int]) -> list[str]:
+    notes = [f"{name} left out: {reason}" for name, reason in run["skipped"].items()]
+    if run["timings"][0]["kv_gbytes_per_s"] is not None:
+        rates = (f"{t['contender']} {t['kv_gbytes_per_s']:.1f}" for t in run["timings"])
+        notes.append("keys and values read, GB/s: " + ", ".join(rates))
+    if len(counts) > 1:
+        own = [t for t in run["timings"] if t["contender"] == "tilewise"]
+        for direction in dict.fromkeys(t["direction"] for t in own):
+            one, *more = (t["median_s"] for t in own if t["direction"] == direction)
+            gains = ", ".join(f"{one / t:.2f}" for t in more)
+            notes.append(f"tilewise {direction}: {gains} times faster than with one thread")
+    return notes
+
+
+def _footer(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    peaks = [run["peak_gflops"] for run in result["runs"] if run["peak_gflops"]]
+    peak = f"; FMA peak of one core {max(peaks):.0f} GFLOP/s" if peaks else ""
+    return (
+        f"{result['machine']['processor']}, {result['machine']['cores']} cores{peak}\n{versions}\n"
+        "Medians of alternating turns. Spread: between the quartiles, of the median. Ratio: the "
+        "contender's time over tilewise's, median over the turns (above 1: tilewise is faster)."
+    )

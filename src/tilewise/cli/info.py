@@ -1,0 +1,52 @@
+"""`tilewise info`: what runs here, and on what."""
+
+from __future__ import annotations
+
+import typer
+
+__all__ = ["info", "register"]
+
+_PEERS = ("numpy", "torch", "jax", "scipy", "matplotlib")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("info")(info)
+
+
+def info() -> None:
+    """Show version, instruction sets, threads, processor and the libraries installed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _facts().items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _facts() -> dict[str, str]:
+    import tilewise
+    from tilewise.hardware import machine
+
+    about, versions = machine.describe(), machine.versions(*_PEERS)
+    facts = {"tilewise": tilewise.__version__, **_core()}
+    facts["processor"] = f"{about['processor']} ({about['cores']} cores)"
+    facts["system"] = f"{about['system']} {about['architecture']}"
+    absent = [peer for peer in _PEERS if peer not in versions]
+    facts |= versions
+    if absent:
+        facts["not installed"] = ", ".join(absent)
+    return facts
+
+
+def _core() -> dict[str, str]:
+    try:
+        from tilewise import _core
+    except ImportError as error:
+        return {"compiled core": f"missing ({error}); only the reference implementation runs"}
+    active = _core.target()
+    targets = [f"{name} (active)" if name == active else name for name in _core.targets()]
+    return {"targets": ", ".join(targets), "threads": str(_core.num_threads())}

@@ -1,0 +1,1 @@
+"""The shapes, options and inputs that every implementation is tried on, per operator."""

@@ -1,0 +1,216 @@
+"""`tilewise bench attention`: what it reports, and that a wrong result gets no figure."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tilewise.bench import attention as measuring
+from tilewise.bench import contenders, textbook
+from tilewise.bench.attention import SUITES, Case, CaseFailed, custom_case
+from tilewise.cli import bench
+from tilewise.hardware import memory
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    application = typer.Typer()
+    bench.register(application)
+    return application
+
+
+def run(app: typer.Typer, *arguments: object) -> Any:
+    fixed = ("bench", "attention", "--implementation", "reference", "--repeats", "2")
+    return CliRunner().invoke(app, [*fixed, *map(str, arguments)])
+
+
+def test_figures_are_written_with_the_machine(app: typer.Typer, tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    result = run(app, "--n", 37, "--heads", 2, "--head-dim", 5, "--causal", "--json", target)
+    assert result.exit_code == 0, result.output
+    written = json.loads(target.read_text())
+    assert written["machine"]["processor"]
+    assert written["versions"]["numpy"] == np.__version__
+    (ran,) = written["runs"]
+    timings = {(t["contender"], t["direction"]): t for t in ran["timings"]}
+    expected = {"tilewise", "NumPy textbook"}
+    if importlib.util.find_spec("torch") is not None:
+        expected.add("PyTorch")
+    assert set(timings) == {(c, d) for c in expected for d in ("forward", "backward")}
+    for timing in timings.values():
+        assert timing["rounds"] >= 2
+        assert timing["lower_quartile_s"] <= timing["median_s"] <= timing["upper_quartile_s"]
+        assert max(timing["errors"].values()) < 64 * np.finfo(np.float32).eps
+        assert set(timing["errors"]) >= {"o", "dq", "dk", "dv"}
+    assert timings["tilewise", "forward"]["ratio"] == 1
+    assert "GFLOP/s" in result.stdout
+
+
+def test_plot_is_drawn(app: typer.Typer, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "figure.png"
+    result = run(app, "--n", 16, "--heads", 1, "--head-dim", 4, "--plot", target)
+    assert result.exit_code == 0, result.output
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [("--window", 3), ("--dtype", "float64")])
+def test_other_problems_pass_the_gate(app: typer.Typer, options: tuple[object, ...]) -> None:
+    result = run(app, "--n", 19, "--heads", 1, "--head-dim", 4, *options)
+    assert result.exit_code == 0, result.output
+
+
+def test_decode_is_compared_with_both_forms_of_grouped_queries() -> None:
+    case = replace(SUITES["quick"][-1], H=8, Hk=2, Nk=43, D=6)
+    ran = measuring.run_case(case, repeats=1, implementation="reference")
+    assert {t["direction"] for t in ran["timings"]} == {"forward"}
+    assert all(t["kv_gbytes_per_s"] > 0 for t in ran["timings"])
+    if importlib.util.find_spec("torch") is not None:
+        assert "PyTorch, packed" in {t["contender"] for t in ran["timings"]}
+
+
+def test_thread_counts_are_compared_in_one_run() -> None:
+    case = Case("two and one", 1, 1, 23, 4, textbook=False, threads=(1, 2))
+    ran = measuring.run_case(case, repeats=1, implementation="reference")
+    own = [t for t in ran["timings"] if t["contender"] == "tilewise"]
+    assert [t["threads"] for t in own] == [1, 2, 1, 2]
+
+
+def test_only_the_slow_baseline_sits_out_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_SLOW_SECONDS", 0.0)
+    case = custom_case(9, H=1, D=4)
+    ran = measuring.measure_case(vars(case).copy(), "float32", 1, 5, "reference")
+    for timing in ran["timings"]:
+        baseline = timing["contender"] == contenders.TEXTBOOK
+        assert timing["rounds"] in ([3] if baseline else range(5, 62))
+
+
+def test_wrong_result_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any) -> Any:
+        dq, dk, dv = textbook.backward(*arguments)
+        return dq, dk * np.float32(1.001), dv
+
+    case = custom_case(13, H=1, D=4)
+    problem = case.problem("float32")
+    right = contenders.textbook_numpy(problem)
+    p = right.forward()[2]
+    broken = replace(
+        right,
+        name="broken",
+        backward=lambda saved: wrong(problem.do, problem.q, problem.k, problem.v, p),
+    )
+    monkeypatch.setattr(measuring, "_contenders", lambda *given: ([broken], {}))
+    answer = measuring.measure_case(vars(case).copy(), "float32", 1, 1, "reference")
+    assert set(answer) == {"wrong"}
+    assert "broken is wrong" in answer["wrong"]
+    monkeypatch.setattr(memory, "run_fresh", lambda *given, **options: answer)
+    with pytest.raises(CaseFailed, match="broken is wrong"):
+        measuring.run_case(case)
+
+
+def test_failed_case_ends_with_status_1(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(case: Case, **options: Any) -> Any:
+        raise CaseFailed(f"{case.name}: killed by signal 9")
+
+    monkeypatch.setattr(measuring, "run_case", fail)
+    result = run(app, "--n", 8)
+    assert result.exit_code == 1
+    assert "killed by signal 9" in result.stderr
+    assert "GFLOP" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--dtype", "float16"), "--dtype must be float32 or float64"),
+        (("--suite", "huge"), "--suite must be quick or full"),
+        (("--json", "/nonexistent/figures.json"), "cannot be written"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    app: typer.Typer, options: tuple[object, ...], words: str
+) -> None:
+    result = run(app, *options)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("bench: ")
+    assert words in line
+
+
+def test_operations_follow_the_convention() -> None:
+    full = custom_case(2048, H=4, D=64)
+    assert full.flop("forward") == 4 * 4 * 2048 * 2048 * 64
+    assert full.flop("backward") == 2.5 * full.flop("forward")
+    assert custom_case(2048, causal=True).pairs() == 2048 * 2048 / 2
+    window = custom_case(61, window=7, H=1, D=2)
+    assert window.pairs() == window.problem("float32").visible(0, 61).sum()
+
+
+def test_full_suite_has_every_case() -> None:
+    names = [case.name for case in SUITES["full"]]
+    assert len(names) == len(set(names)) == 7
+    assert all(case in SUITES["full"] for case in SUITES["quick"])
+
+
+def test_exact_agrees_with_the_textbook_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textbook, "_BLOCK_BYTES", 8 * 41 * 5)
+    case = Case("grouped", 2, 4, 37, 7, Hk=2, Nk=41, causal=True)
+    problem = case.problem("float64")
+    truth = problem.truth()
+    o, lse, p = textbook.forward(problem.q, problem.k, problem.v, problem.dense_mask())
+    grads = textbook.backward(problem.do, problem.q, problem.k, problem.v, p)
+    for got, want in zip((o, lse, *grads), truth, strict=True):
+        assert textbook.relative_error(got, want) < 1e-14
+
+
+def test_exact_gradient_agrees_with_central_differences() -> None:
+    problem = Case("small", 1, 2, 5, 3, Hk=1, Nk=7, causal=True).problem("float64")
+    truth = problem.truth()
+    rng = np.random.default_rng(11)
+    for name in ("q", "k", "v"):
+        x = getattr(problem, name)
+        step = 1e-6 * rng.standard_normal(x.shape)
+        ahead, behind = (replace(problem, **{name: x + s * step}).truth().o for s in (1, -1))
+        slope = float(((ahead - behind) * problem.do).sum())
+        assert slope == pytest.approx(
+            float(2 * (getattr(truth, f"d{name}") * step).sum()), rel=1e-7
+        )
+
+
+def touch(megabytes: int) -> dict[str, int]:
+    """Hold scratch memory and return a smaller output; runs in a fresh process."""
+
+    def call() -> np.ndarray:
+        scratch = np.ones(megabytes << 17)
+        return scratch[: len(scratch) // 8].copy()
+
+    result, peak = memory.measure(call, lambda x: x.nbytes)
+    return {"extra": peak.extra, "outputs": result.nbytes}
+
+
+def test_peak_memory_is_the_scratch_and_not_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    answer = memory.run_fresh(f"{Path(__file__).stem}:touch", {"megabytes": 64})
+    assert answer["outputs"] == 8 << 20
+    assert abs(answer["extra"] - (64 << 20)) < 4 << 20
+
+
+def nap(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_fresh_process_reports_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(memory.FreshProcessError, match="no_such_module"):
+        memory.run_fresh("no_such_module:function", {})
+    with pytest.raises(memory.FreshProcessError, match="stopped after"):
+        memory.run_fresh(f"{Path(__file__).stem}:nap", {"seconds": 60}, timeout=1)
