@@ -46,8 +46,12 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types, and the stub of the compiled module against the module itself."""
-    install(session, ".", *tools("mypy"))
+    install(session, ".", *tools("mypy", "nanobind"))
     session.run("mypy")
+    stub = Path(session.create_tmp()) / "_core.pyi"
+    session.run("python", "-m", "nanobind.stubgen", "-q", "-m", "tilewise._core", "-o", str(stub))
+    if stub.read_text() != Path("src/tilewise/_core.pyi").read_text():
+        session.error(f"src/tilewise/_core.pyi is out of date: copy {stub} over it")
     stubtest = ["python", "-m", "mypy.stubtest", "--concise", "tilewise._core"]
     report = str(session.run(*stubtest, silent=True, success_codes=[0, 1]))
     # nanobind has a type of its own for functions, which stubtest does not take for one.

@@ -1,5 +1,6 @@
-// The state (m, l, acc) of a softmax row: running maximum, sum of exp2(s - m), weighted sum. Empty is (-inf, 0, 0).
-// `entropy` beside it is the sum of w (s - m). All in base 2. See docs/ops/attention.md.
+// The state (m, l, acc) of a softmax row: running maximum, sum of exp2(s - m), weighted sum. Empty
+// is (-inf, 0, 0). `entropy` beside it is the sum of w (s - m). All in base 2. See
+// docs/ops/attention.md.
 #pragma once
 #include "math/math-inl.hpp"
 
@@ -9,12 +10,14 @@ template <class T>
 TW_INLINE Vec<T> minus_infinity() {
   return set1(-std::numeric_limits<T>::infinity());
 }
-// The maximum as it is subtracted: an empty state needs no branch, its rescaling is exactly 1 and its weights 0.
+// The maximum as it is subtracted: an empty state needs no branch, its rescaling is exactly 1 and
+// its weights 0.
 template <class T>
 TW_INLINE Vec<T> finite_max(Vec<T> m) {
   return max(set1(std::numeric_limits<T>::lowest()), m);
 }
-// What is left of e = sum w (s - m) after the maximum moved from m_old to m_new and the weights were multiplied by a.
+// What is left of e = sum w (s - m) after the maximum moved from m_old to m_new and the weights
+// were multiplied by a.
 template <class T>
 TW_INLINE Vec<T> moved_entropy(Vec<T> e, Vec<T> l, Vec<T> m_old, Vec<T> m_new, Vec<T> a) {
   const Vec<T> moved = fma(l, finite_max<T>(m_old) - finite_max<T>(m_new), e) * a;
@@ -37,7 +40,8 @@ struct Merge {
   }
 };
 
-// A maximum in natural units. lowest() stands for itself: a logit of lowest() saturated when it was brought to base 2.
+// A maximum in natural units. lowest() stands for itself: a logit of lowest() saturated when it was
+// brought to base 2.
 template <class T>
 TW_INLINE Vec<T> natural(Vec<T> m) {
   const Vec<T> lowest = set1(std::numeric_limits<T>::lowest());
@@ -54,7 +58,8 @@ struct Finished {
     inverse = select(empty, zero<T>(), splat<T>(1) / l);
     log_l = select(nan, l, select(empty, zero<T>(), log<T>(l)));
     m = select(nan, l, m_in + zero<T>());
-    lse = select(equal(m, set1(std::numeric_limits<T>::lowest())), m, fma(m, splat<T>(kLn2), log_l));
+    lse =
+        select(equal(m, set1(std::numeric_limits<T>::lowest())), m, fma(m, splat<T>(kLn2), log_l));
     entropy = fma(-e * inverse, splat<T>(kLn2), log_l);
   }
 };

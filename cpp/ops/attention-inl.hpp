@@ -1,4 +1,5 @@
-// Attention for one target: how a call is cut into tasks. Included once by each unit in ops/targets/.
+// Attention for one target: how a call is cut into tasks. Included once by each unit in
+// ops/targets/.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -10,12 +11,15 @@
 
 #include "simd/begin.hpp"
 
-constexpr int64_t kDecodeQueries = 8;           // up to this many queries a head, keys go into the lanes
-constexpr int64_t kBlockBytes = 600 << 10;      // packed q and o of a query block, meant to stay in the second-level cache
-constexpr double kPairsWorthAThread = 2 << 14;  // query-key pairs times columns / 64 below which waking a thread costs more
+constexpr int64_t kDecodeQueries = 8;  // up to this many queries a head, keys go into the lanes
+constexpr int64_t kBlockBytes =
+    600 << 10;  // packed q and o of a query block, meant to stay in the second-level cache
+constexpr double kPairsWorthAThread =
+    2 << 14;  // query-key pairs times columns / 64 below which waking a thread costs more
 
 TW_INLINE int threads_for(const AttentionInputs& in, int64_t tasks) {
-  const double pairs = double(in.B) * double(in.H) * double(in.N) * double(in.Nk) * double(in.D + in.Dv) / 128;
+  const double pairs =
+      double(in.B) * double(in.H) * double(in.N) * double(in.Nk) * double(in.D + in.Dv) / 128;
   const double most = std::max(1.0, std::min(double(tasks), pairs / kPairsWorthAThread));
   return std::min(num_threads(), static_cast<int>(std::min(most, 1e6)));
 }
@@ -33,10 +37,13 @@ template <class T>
 void forward_panels(const AttentionInputs& in, const AttentionResults& out) {
   const int64_t panel_bytes = (in.D + 2 * in.Dv) * kPanel * static_cast<int64_t>(sizeof(T));
   const int64_t wanted = (in.N + kPanel - 1) / kPanel;
-  int64_t panels = std::clamp<int64_t>(kBlockBytes / panel_bytes, 1, std::min<int64_t>(kMaxBlock / kPanel, wanted));
+  int64_t panels = std::clamp<int64_t>(kBlockBytes / panel_bytes, 1,
+                                       std::min<int64_t>(kMaxBlock / kPanel, wanted));
   const int all = threads_for(in, in.B * in.H * wanted);
-  while (panels > 2 && all > 1 && in.B * in.H * ((wanted + panels - 1) / panels) < 4 * all) panels = (panels + 1) / 2;
-  const int64_t rows = panels * kPanel, blocks = (in.N + rows - 1) / rows, tasks = in.B * in.H * blocks;
+  while (panels > 2 && all > 1 && in.B * in.H * ((wanted + panels - 1) / panels) < 4 * all)
+    panels = (panels + 1) / 2;
+  const int64_t rows = panels * kPanel, blocks = (in.N + rows - 1) / rows,
+                tasks = in.B * in.H * blocks;
   std::atomic<int64_t> next{0};
   run_parallel(static_cast<int>(std::min<int64_t>(all, tasks)), [&](int) {
     ForwardBody<T> body(in, out, static_cast<int>(panels));
@@ -53,7 +60,8 @@ void forward_panels(const AttentionInputs& in, const AttentionResults& out) {
 
 template <class T>
 void forward_decode(const AttentionInputs& in, const AttentionResults& out) {
-  const int64_t chunks = std::max<int64_t>(1, (in.Nk + kChunkKeys - 1) / kChunkKeys), heads = in.B * in.Hk;
+  const int64_t chunks = std::max<int64_t>(1, (in.Nk + kChunkKeys - 1) / kChunkKeys),
+                heads = in.B * in.Hk;
   const int64_t size = DecodeBody<T>::state_size(in);
   std::vector<T> states(static_cast<size_t>(heads * chunks * size + kGroup));
   std::vector<std::atomic<int64_t>> left(static_cast<size_t>(heads));
@@ -66,7 +74,8 @@ void forward_decode(const AttentionInputs& in, const AttentionResults& out) {
     for (int64_t t; (t = next.fetch_add(1)) < heads * chunks;) {
       const int64_t head = t / chunks, b = head / in.Hk, hk = head % in.Hk;
       body.chunk(b, hk, t % chunks, states.data() + t * size);
-      if (left[static_cast<size_t>(head)].fetch_sub(1) == 1) body.finish(b, hk, states.data() + head * chunks * size, chunks);
+      if (left[static_cast<size_t>(head)].fetch_sub(1) == 1)
+        body.finish(b, hk, states.data() + head * chunks * size, chunks);
     }
   });
 }
@@ -90,7 +99,8 @@ template <class T>
 void clear_rows(const View4& x, int64_t B, int64_t H, int64_t rows, int64_t columns) {
   for (int64_t b = 0; b < B; b++)
     for (int64_t h = 0; h < H; h++)
-      for (int64_t r = 0; r < rows; r++) std::memset(x.at_mut<T>(b, h, r), 0, sizeof(T) * static_cast<size_t>(columns));
+      for (int64_t r = 0; r < rows; r++)
+        std::memset(x.at_mut<T>(b, h, r), 0, sizeof(T) * static_cast<size_t>(columns));
 }
 
 template <class T>
@@ -98,7 +108,8 @@ void vjp(const AttentionInputs& in, const AttentionCotangents& ct, const Attenti
 
 // A bias that is one number a head: its gradient by key, then the sum over keys in ascending order.
 template <class T>
-void vjp_over_both(const AttentionInputs& in, const AttentionCotangents& ct, AttentionGradients grads) {
+void vjp_over_both(const AttentionInputs& in, const AttentionCotangents& ct,
+                   AttentionGradients grads) {
   const View4 to = grads.dbias;
   const int64_t batches = to.batch ? in.B : 1, heads = to.head ? in.H : 1;
   std::vector<T> by_key(static_cast<size_t>(batches * heads * in.Nk));
@@ -106,13 +117,16 @@ void vjp_over_both(const AttentionInputs& in, const AttentionCotangents& ct, Att
   vjp<T>(in, ct, grads);
   for (int64_t b = 0; b < batches; b++)
     for (int64_t h = 0; h < heads; h++)
-      for (int64_t k = 0; k < in.Nk; k++) *to.at_mut<T>(b, h) += by_key[static_cast<size_t>((b * heads + h) * in.Nk + k)];
+      for (int64_t k = 0; k < in.Nk; k++)
+        *to.at_mut<T>(b, h) += by_key[static_cast<size_t>((b * heads + h) * in.Nk + k)];
 }
 
 template <class T>
-void vjp(const AttentionInputs& in, const AttentionCotangents& ct, const AttentionGradients& grads) {
+void vjp(const AttentionInputs& in, const AttentionCotangents& ct,
+         const AttentionGradients& grads) {
   if (in.B * in.Hk == 0) return;
-  if (bias_gradient(grads.dbias) == BiasGradient::kOverBoth && in.Nk > 1) return vjp_over_both<T>(in, ct, grads);
+  if (bias_gradient(grads.dbias) == BiasGradient::kOverBoth && in.Nk > 1)
+    return vjp_over_both<T>(in, ct, grads);
   if (in.N == 0) {
     clear_rows<T>(grads.dk, in.B, in.Hk, in.Nk, in.D);
     clear_rows<T>(grads.dv, in.B, in.Hk, in.Nk, in.Dv);
@@ -154,8 +168,8 @@ TW_NOINLINE double fma_peak(double seconds) {
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
   do {
     const auto begin = Clock::now();
-    for (int r = 0; r < kRounds; r++) TW_UNROLL for (int i = 0; i < kChains; i++)
-      acc[i] = fma(acc[i], splat<T>(0.5), splat<T>(1));
+    for (int r = 0; r < kRounds; r++)
+      TW_UNROLL for (int i = 0; i < kChains; i++) acc[i] = fma(acc[i], splat<T>(0.5), splat<T>(1));
     const double took = std::chrono::duration<double>(Clock::now() - begin).count();
     best = std::max(best, 2.0 * kChains * kRounds * kWidth<T> / took * 1e-9);
     for (int i = 0; i < kChains; i++) asm volatile("" : "+m"(acc[i]));
@@ -164,7 +178,8 @@ TW_NOINLINE double fma_peak(double seconds) {
 }
 
 inline const AttentionKernels* kernels() {
-  static const AttentionKernels table{forward<float>, forward<double>, vjp<float>, vjp<double>, fma_peak<float>, fma_peak<double>};
+  static const AttentionKernels table{forward<float>, forward<double>, vjp<float>,
+                                      vjp<double>,    fma_peak<float>, fma_peak<double>};
   return &table;
 }
 

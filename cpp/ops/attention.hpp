@@ -1,4 +1,5 @@
-// Attention on the CPU: forward and VJP for float32 and float64. Plain C++; what the arguments mean is docs/ops/attention.md.
+// Attention on the CPU: forward and VJP for float32 and float64. Plain C++; what the arguments mean
+// is docs/ops/attention.md.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +7,8 @@
 
 namespace tilewise {
 
-// Which keys a query sees: nothing set = all. Strides are 0 where the mask is the same for all batches or heads.
+// Which keys a query sees: nothing set = all. Strides are 0 where the mask is the same for all
+// batches or heads.
 struct MaskView {
   const int32_t* rows = nullptr;   // two intervals [lo, hi) a row: (.., N, 4)
   const uint16_t* bits = nullptr;  // bit i % 16 of word (j, i / 16): (.., Nk, ceil(N / 16))
@@ -19,9 +21,9 @@ struct AttentionInputs {
   int64_t B = 0, H = 0, Hk = 0, N = 0, Nk = 0, D = 0, Dv = 0;
   View4 q, k, v;
   MaskView mask;
-  View4 bias;    // any strides; 0 along broadcast dims
-  View4 slopes;  // (B, H): batch and head strides
-  View4 sinks;   // (H): head stride
+  View4 bias;                             // any strides; 0 along broadcast dims
+  View4 slopes;                           // (B, H): batch and head strides
+  View4 sinks;                            // (H): head stride
   double softmax_scale = 1, softcap = 0;  // softcap 0: none
 };
 
@@ -37,8 +39,8 @@ struct AttentionCotangents {
 };
 
 struct AttentionGradients {
-  View4 dq, dk, dv;  // uninitialised
-  View4 dbias;       // zeroed by the caller; strides 0 along dims that are summed over
+  View4 dq, dk, dv;        // uninitialised
+  View4 dbias;             // zeroed by the caller; strides 0 along dims that are summed over
   void* dsinks = nullptr;  // (H)
 };
 

@@ -26,7 +26,8 @@ struct StoreMax {
     const StoreMax& e;
     int n;
     Vec<T> m;
-    TW_MEMBER Column(const StoreMax& epilogue, int reg) : e(epilogue), n(reg), m(load(e.top + n * kWidth<T>)) {}
+    TW_MEMBER Column(const StoreMax& epilogue, int reg)
+        : e(epilogue), n(reg), m(load(e.top + n * kWidth<T>)) {}
     TW_MEMBER void put(int j, Vec<T> x) {
       if constexpr (EDGE) x = select(edge_lanes<T>(e.words, j, n), x, minus_infinity<T>());
       m = max(m, x);
@@ -42,13 +43,16 @@ struct States {
   T *o, *m, *l, *e;
   void clear(int panels, int Dv) {
     std::memset(o, 0, sizeof(T) * static_cast<size_t>(panels) * Dv * kPanel);
-    for (int i = 0; i < panels * kPanel; i++) m[i] = -std::numeric_limits<T>::infinity(), l[i] = 0, e[i] = 0;
+    for (int i = 0; i < panels * kPanel; i++)
+      m[i] = -std::numeric_limits<T>::infinity(), l[i] = 0, e[i] = 0;
   }
 };
 
-// Weights w = exp2(s - m) in place, the row sums, and the rescaling alpha of what was summed before.
+// Weights w = exp2(s - m) in place, the row sums, and the rescaling alpha of what was summed
+// before.
 template <class T, bool ENTROPY>
-TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T* top, T* m, T* l, T* e, T* alpha) {
+TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T* top, T* m, T* l,
+                               T* e, T* alpha) {
   for (int n = 0; n < kPanelVecs<T>; n++) {
     const int at = n * kWidth<T>, group = at / kGroup;
     const Vec<T> old = load(m + at), fresh = max(old, load(top + at)), high = finite_max<T>(fresh);
@@ -61,11 +65,11 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
       T* p = s + int64_t{g.ja} * kPanel + at;
       int j = g.ja;
       for (; j + 4 <= g.jb; j += 4, p += 4 * kPanel) TW_UNROLL for (int i = 0; i < 4; i++) {
-        const Vec<T> x = load(p + i * kPanel) - high, w = exp2<T>(x);
-        store(p + i * kPanel, w);
-        sum[i] += w;
-        if (ENTROPY) ent[i] += select(equal(w, zero<T>()), w, w * x);
-      }
+          const Vec<T> x = load(p + i * kPanel) - high, w = exp2<T>(x);
+          store(p + i * kPanel, w);
+          sum[i] += w;
+          if (ENTROPY) ent[i] += select(equal(w, zero<T>()), w, w * x);
+        }
       for (; j < g.jb; j++, p += kPanel) {
         const Vec<T> x = load(p) - high, w = exp2<T>(x);
         store(p, w);
@@ -81,14 +85,17 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
     store(alpha + at, a);
     store(m + at, fresh);
     store(l + at, fma(before, a, (sum[0] + sum[2]) + (sum[1] + sum[3])));
-    if (ENTROPY) store(e + at, moved_entropy<T>(load(e + at), before, old, fresh, a) + ((ent[0] + ent[2]) + (ent[1] + ent[3])));
+    if (ENTROPY)
+      store(e + at, moved_entropy<T>(load(e + at), before, old, fresh, a) +
+                        ((ent[0] + ent[2]) + (ent[1] + ent[3])));
   }
 }
 
 template <class T>
 class ForwardBody {
  public:
-  ForwardBody(const AttentionInputs& in, const AttentionResults& out, int max_panels) : in_(in), out_(out), panels_(max_panels) {}
+  ForwardBody(const AttentionInputs& in, const AttentionResults& out, int max_panels)
+      : in_(in), out_(out), panels_(max_panels) {}
 
   void place(Arena& arena) {
     const int64_t lanes = int64_t{panels_} * kPanel;
@@ -114,8 +121,8 @@ class ForwardBody {
     logits_ = &logits;
     used_ = (rows + kPanel - 1) / kPanel;
     for (int g = 0; g * kGroup < rows; g++)
-      pack_lanes<T>(in_.q.at<T>(b, h, q0 + g * kGroup), in_.q.row, static_cast<int>(in_.D), std::min(kGroup, rows - g * kGroup),
-                    logits.q_scale, q_ + panel(g, in_.D));
+      pack_lanes<T>(in_.q.at<T>(b, h, q0 + g * kGroup), in_.q.row, static_cast<int>(in_.D),
+                    std::min(kGroup, rows - g * kGroup), logits.q_scale, q_ + panel(g, in_.D));
     now_ = &states_[0];
     total_ = &states_[1];
     first_ = true;
@@ -143,8 +150,8 @@ class ForwardBody {
     const int at = p * kPanel;
     auto weights = out_.entropy ? weights_panel<T, true> : weights_panel<T, false>;
     weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_);
-    weighted_sum<T>(in_.v.at<T>(b_, hk_, k0), in_.v.row, static_cast<int>(in_.Dv), s_, words, segments, count,
-                    now_->o + at * in_.Dv, alpha_);
+    weighted_sum<T>(in_.v.at<T>(b_, hk_, k0), in_.v.row, static_cast<int>(in_.Dv), s_, words,
+                    segments, count, now_->o + at * in_.Dv, alpha_);
   }
 
   void chunk_end(bool last) {
@@ -158,10 +165,14 @@ class ForwardBody {
   }
 
  private:
-  static int64_t panel(int g, int64_t columns) { return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup; }
+  static int64_t panel(int g, int64_t columns) {
+    return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup;
+  }
 
-  __attribute__((noinline)) static void options_panel(const Logits<T>& logits, const T* bias, T* s, T* top, const Segment& g, const uint16_t* words,
-                                 int64_t first_position) {
+  __attribute__((noinline)) static void options_panel(const Logits<T>& logits, const T* bias, T* s,
+                                                      T* top, const Segment& g,
+                                                      const uint16_t* words,
+                                                      int64_t first_position) {
     alignas(64) T position[kPanel];
     positions<T>(first_position, kPanel, position);
     for (int n = g.na * kRegs<T>; n < g.nb * kRegs<T>; n++) {
@@ -185,20 +196,24 @@ class ForwardBody {
     const int rows = std::min(kPanel, rows_ - p * kPanel);
     for (int i = 0; i < count; i++) {
       if (logits_->bias) logits_->bias_panel(q, rows, k0, segments[i].ja, segments[i].jb, bias_);
-      options_panel(*logits_, logits_->bias ? bias_ : nullptr, s_, top_, segments[i], words, q + logits_->offset - k0);
+      options_panel(*logits_, logits_->bias ? bias_ : nullptr, s_, top_, segments[i], words,
+                    q + logits_->offset - k0);
     }
   }
 
   void merge_chunk() {
     for (int at = 0; at < used_ * kPanel; at += kWidth<T>) {
-      const Vec<T> ma = load(total_->m + at), mb = load(now_->m + at), la = load(total_->l + at), lb = load(now_->l + at);
+      const Vec<T> ma = load(total_->m + at), mb = load(now_->m + at), la = load(total_->l + at),
+                   lb = load(now_->l + at);
       const Merge<T> merge(ma, mb);
       store(total_->m + at, merge.m);
       store(total_->l + at, merge(la, lb));
-      store(total_->e + at, merge.entropy(load(total_->e + at), la, ma, load(now_->e + at), lb, mb));
+      store(total_->e + at,
+            merge.entropy(load(total_->e + at), la, ma, load(now_->e + at), lb, mb));
       T* x = total_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
       const T* y = now_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
-      for (int64_t d = 0; d < in_.Dv; d++) store(x + d * kPanel, merge(load(x + d * kPanel), load(y + d * kPanel)));
+      for (int64_t d = 0; d < in_.Dv; d++)
+        store(x + d * kPanel, merge(load(x + d * kPanel), load(y + d * kPanel)));
     }
   }
 

@@ -7,7 +7,8 @@
 
 #include "simd/begin.hpp"
 
-// The options of one head. Logits are in base 2: softcap, then ALiBi, then bias; masking comes after.
+// The options of one head. Logits are in base 2: softcap, then ALiBi, then bias; masking comes
+// after.
 template <class T>
 struct Logits {
   const T* bias = nullptr;  // at query 0, key 0
@@ -33,7 +34,8 @@ struct Logits {
     plain = !softcap && !alibi && !bias;
   }
 
-  // The logits of `raw` scaled products; `distance` is |position - key|, `added` the bias, `tanh_out` for the derivative.
+  // The logits of `raw` scaled products; `distance` is |position - key|, `added` the bias,
+  // `tanh_out` for the derivative.
   TW_MEMBER Vec<T> operator()(Vec<T> raw, Vec<T> distance, Vec<T> added, Vec<T>* tanh_out) const {
     Vec<T> s = raw;
     if (softcap) {
@@ -43,14 +45,17 @@ struct Logits {
     }
     if (alibi) s = fma(set1(slope), distance, s);
     if (bias) {
-      // a finite bias as low as lowest() must not become -inf by the change of base: it would count as masked
+      // a finite bias as low as lowest() must not become -inf by the change of base: it would count
+      // as masked
       const Vec<T> x = fma(added, splat<T>(kLog2e), s);
-      s = select(equal(added, minus_infinity<T>()), x, max(set1(std::numeric_limits<T>::lowest()), x));
+      s = select(equal(added, minus_infinity<T>()), x,
+                 max(set1(std::numeric_limits<T>::lowest()), x));
     }
     return s;
   }
 
-  // out[j * kPanel + lane] = bias of query q0 + lane and key k0 + j, for keys [ja, jb) and `rows` lanes (the last repeated)
+  // out[j * kPanel + lane] = bias of query q0 + lane and key k0 + j, for keys [ja, jb) and `rows`
+  // lanes (the last repeated)
   void bias_panel(int64_t q0, int rows, int64_t k0, int ja, int jb, T* out) const {
     for (int g = 0; g * kGroup < rows; g++) {
       const int n = std::min(kGroup, rows - g * kGroup);
@@ -60,7 +65,8 @@ struct Logits {
         pack_lanes<T>(p, bias_row, jb - ja, n, T{1}, to);
       } else {
         for (int j = 0; j < jb - ja; j++)
-          for (int i = 0; i < kGroup; i++) to[j * kPanel + i] = p[std::min(i, n - 1) * bias_row + j * bias_column];
+          for (int i = 0; i < kGroup; i++)
+            to[j * kPanel + i] = p[std::min(i, n - 1) * bias_row + j * bias_column];
       }
     }
   }
@@ -75,7 +81,8 @@ TW_INLINE void positions(int64_t first, int count, T* out) {
 // Final values of 16 rows. `o_scale` multiplies their accumulators.
 template <class T>
 struct RowEnd {
-  alignas(64) T m[kGroup], log_l[kGroup], lse[kGroup], max_logit[kGroup], entropy[kGroup], o_scale[kGroup];
+  alignas(64) T m[kGroup], log_l[kGroup], lse[kGroup], max_logit[kGroup], entropy[kGroup],
+      o_scale[kGroup];
 
   // The sink, a logit without a value, is merged last as the state (z, 1, 0).
   RowEnd(const T* m_in, const T* l_in, const T* e_in, bool has_sink, const T* sink) {
@@ -84,7 +91,8 @@ struct RowEnd {
       const Vec<T> top = vm;
       if (has_sink) {
         const Vec<T> z = load(sink + i) * splat<T>(kLog2e);
-        const Vec<T> one = select(equal(z, minus_infinity<T>()), zero<T>(), splat<T>(1));  // a sink of -inf is none
+        const Vec<T> one = select(equal(z, minus_infinity<T>()), zero<T>(),
+                                  splat<T>(1));  // a sink of -inf is none
         const Merge<T> merge(vm, z);
         e = merge.entropy(e, l, vm, zero<T>(), one, z);
         l = merge(l, one);

@@ -1,6 +1,7 @@
-// The VJP body. Query tiles of kGradQueries against key tiles of kGradKeys; each product of a pair of tiles is one chain from
-// zero, then one addition. dq adds its tiles in ascending key order; dk and dv add theirs inside a query chunk, and the chunks
-// in ascending order under a ticket for each key chunk, so neither threads nor loop order reach the bits.
+// The VJP body. Query tiles of kGradQueries against key tiles of kGradKeys; each product of a pair
+// of tiles is one chain from zero, then one addition. dq adds its tiles in ascending key order; dk
+// and dv add theirs inside a query chunk, and the chunks in ascending order under a ticket for each
+// key chunk, so neither threads nor loop order reach the bits.
 #pragma once
 #include "ops/attention_logits-inl.hpp"
 #include "ops/vjp_schedule.hpp"
@@ -14,7 +15,8 @@ constexpr int kGradChunk = 960;  // queries and keys of a chunk: 5 query tiles, 
 constexpr int kGradSteps = kGradKeys / kStep;
 constexpr int kGradGroups = kGradQueries / kGroup;
 constexpr int kGradPanels = kGradQueries / kPanel;
-static_assert(kGradChunk % kGradQueries == 0 && kGradChunk % kGradKeys == 0 && kGradQueries % kPanel == 0);
+static_assert(kGradChunk % kGradQueries == 0 && kGradChunk % kGradKeys == 0 &&
+              kGradQueries % kPanel == 0);
 
 // p = exp2((s - m) - log_l / ln 2), 0 where masked
 template <class T, bool EDGE>
@@ -47,7 +49,8 @@ struct StoreGradient {
     const StoreGradient& e;
     int n;
     Vec<T> delta;
-    TW_MEMBER Column(const StoreGradient& epilogue, int reg) : e(epilogue), n(reg), delta(load(e.delta + n * kWidth<T>)) {}
+    TW_MEMBER Column(const StoreGradient& epilogue, int reg)
+        : e(epilogue), n(reg), delta(load(e.delta + n * kWidth<T>)) {}
     TW_MEMBER void put(int j, Vec<T> x) {
       const int64_t at = int64_t{j} * kGradQueries + n * kWidth<T>;
       Vec<T> d = (x - delta) * load(e.p + at);
@@ -76,20 +79,28 @@ struct QueryTile {
   int64_t q0;
   int rows;
   bool finite;
-  T *q_lanes, *do_lanes;   // [panel][column][kPanel], q scaled for the logits
-  T *q_rows, *do_rows;     // blocks of kGradWidth columns, q scaled for dk
+  T *q_lanes, *do_lanes;  // [panel][column][kPanel], q scaled for the logits
+  T *q_rows, *do_rows;    // blocks of kGradWidth columns, q scaled for dk
   T *dq, *m, *log2_l, *delta, *dbias;
 };
 
 template <class T>
 class VjpBody {
  public:
-  VjpBody(const AttentionInputs& in, const AttentionCotangents& ct, const AttentionGradients& grads, VjpSchedule& schedule)
-      : in_(in), ct_(ct), grads_(grads), schedule_(schedule), dp_(padded(in.D)), dvp_(padded(in.Dv)) {}
+  VjpBody(const AttentionInputs& in, const AttentionCotangents& ct, const AttentionGradients& grads,
+          VjpSchedule& schedule)
+      : in_(in),
+        ct_(ct),
+        grads_(grads),
+        schedule_(schedule),
+        dp_(padded(in.D)),
+        dvp_(padded(in.Dv)) {}
 
   void place(Arena& arena) {
-    const int64_t queries = std::min<int64_t>(kGradChunk, (in_.N + kGradQueries - 1) / kGradQueries * kGradQueries);
-    const int64_t keys = std::min<int64_t>(kGradChunk, (in_.Nk + kGradKeys - 1) / kGradKeys * kGradKeys);
+    const int64_t queries =
+        std::min<int64_t>(kGradChunk, (in_.N + kGradQueries - 1) / kGradQueries * kGradQueries);
+    const int64_t keys =
+        std::min<int64_t>(kGradChunk, (in_.Nk + kGradKeys - 1) / kGradKeys * kGradKeys);
     tiles_ = arena.take<QueryTile<T>>(queries / kGradQueries);
     for (int64_t t = 0; t < queries / kGradQueries; t++) {
       QueryTile<T> tile;
@@ -117,11 +128,13 @@ class VjpBody {
     words_ = arena.take<uint16_t>(kGradPanels * kGradKeys * kPanelGroups);
   }
 
-  // One query chunk of one head against all keys. Steps of a unit: batches, then query heads of its KV heads, then chunks.
+  // One query chunk of one head against all keys. Steps of a unit: batches, then query heads of its
+  // KV heads, then chunks.
   void run(int64_t unit, int64_t step) {
     const int64_t group = in_.H / in_.Hk, units_across = in_.Hk / schedule_.unit_groups;
     const int64_t heads = schedule_.unit_groups * group;
-    const int64_t chunk = step % schedule_.query_chunks, head = step / schedule_.query_chunks % heads;
+    const int64_t chunk = step % schedule_.query_chunks,
+                  head = step / schedule_.query_chunks % heads;
     b_ = unit / units_across * schedule_.unit_batches + step / (schedule_.query_chunks * heads);
     h_ = unit % units_across * heads + head;
     hk_ = h_ / group;
@@ -158,7 +171,8 @@ class VjpBody {
       for (int64_t q = 0; q < in_.N; q += kGroup) {
         const int n = static_cast<int>(std::min<int64_t>(kGroup, in_.N - q));
         t.q0 = q;
-        pack_lanes<T>(ct_.d_o.at<T>(b_, h, q), ct_.d_o.row, static_cast<int>(in_.Dv), n, T{1}, t.do_lanes);
+        pack_lanes<T>(ct_.d_o.at<T>(b_, h, q), ct_.d_o.row, static_cast<int>(in_.Dv), n, T{1},
+                      t.do_lanes);
         row_terms(t, 0, n, t.do_lanes);
         for (int v = 0; v < kRegs<T>; v++) {
           const int at = v * kWidth<T>;
@@ -177,8 +191,10 @@ class VjpBody {
   static int64_t padded(int64_t columns) { return (columns + kGroup - 1) / kGroup * kGroup; }
 
   static void place_tile(QueryTile<T>& to, const QueryTile<T>& from) {
-    to.q_lanes = from.q_lanes, to.do_lanes = from.do_lanes, to.q_rows = from.q_rows, to.do_rows = from.do_rows;
-    to.dq = from.dq, to.m = from.m, to.log2_l = from.log2_l, to.delta = from.delta, to.dbias = from.dbias;
+    to.q_lanes = from.q_lanes, to.do_lanes = from.do_lanes, to.q_rows = from.q_rows,
+    to.do_rows = from.do_rows;
+    to.dq = from.dq, to.m = from.m, to.log2_l = from.log2_l, to.delta = from.delta,
+    to.dbias = from.dbias;
   }
 
   int64_t row_index(int64_t q) const { return (b_ * in_.H + h_) * in_.N + q; }
@@ -193,11 +209,14 @@ class VjpBody {
     for (int g = 0; g * kGroup < rows; g++) {
       const int n = std::min(kGroup, rows - g * kGroup);
       const int64_t panel = g / kPanelGroups, lane = g % kPanelGroups * kGroup;
-      pack_lanes<T>(q + g * kGroup * in_.q.row, in_.q.row, D, n, logits_->q_scale, t.q_lanes + panel * D * kPanel + lane);
-      pack_lanes<T>(d_o + g * kGroup * ct_.d_o.row, ct_.d_o.row, Dv, n, T{1}, t.do_lanes + panel * Dv * kPanel + lane);
+      pack_lanes<T>(q + g * kGroup * in_.q.row, in_.q.row, D, n, logits_->q_scale,
+                    t.q_lanes + panel * D * kPanel + lane);
+      pack_lanes<T>(d_o + g * kGroup * ct_.d_o.row, ct_.d_o.row, Dv, n, T{1},
+                    t.do_lanes + panel * Dv * kPanel + lane);
       row_terms(t, g, n, t.do_lanes + panel * Dv * kPanel + lane);
     }
-    pack_blocks<T, kGradWidth<T>>(q, in_.q.row, D, rows, static_cast<T>(in_.softmax_scale), t.q_rows, kGradQueries);
+    pack_blocks<T, kGradWidth<T>>(q, in_.q.row, D, rows, static_cast<T>(in_.softmax_scale),
+                                  t.q_rows, kGradQueries);
     pack_blocks<T, kGradWidth<T>>(d_o, ct_.d_o.row, Dv, rows, T{1}, t.do_rows, kGradQueries);
     std::memset(t.dq, 0, sizeof(T) * static_cast<size_t>(kGradQueries * dp_));
     std::memset(t.dbias, 0, sizeof(T) * kGradQueries);
@@ -218,7 +237,8 @@ class VjpBody {
     }
   }
 
-  // out[lane] = sum over columns of do times o, one chain. A zero of o takes no part: a masked row's do may be NaN.
+  // out[lane] = sum over columns of do times o, one chain. A zero of o takes no part: a masked
+  // row's do may be NaN.
   void row_dots(const T* lanes, const T* rows, int64_t ld, int n, T* out) {
     T* t = columns_;
     pack_lanes<T>(rows, ld, static_cast<int>(in_.Dv), n, T{1}, t);
@@ -244,10 +264,12 @@ class VjpBody {
 
   void add_bias_rows() {
     for (int i = 0; i < count_; i++)
-      for (int r = 0; r < tiles_[i].rows; r++) *grads_.dbias.at_mut<T>(b_, h_, tiles_[i].q0 + r) += tiles_[i].dbias[r];
+      for (int r = 0; r < tiles_[i].rows; r++)
+        *grads_.dbias.at_mut<T>(b_, h_, tiles_[i].q0 + r) += tiles_[i].dbias[r];
   }
 
-  // Keys [k0, k1) against all query tiles; dk and dv of the chunk grow here and are added in the order of the steps.
+  // Keys [k0, k1) against all query tiles; dk and dv of the chunk grow here and are added in the
+  // order of the steps.
   void key_chunk(int64_t unit, int64_t step, int64_t c, int64_t begin, int64_t end, bool first) {
     const int64_t k0 = c * kGradChunk, k1 = std::min(in_.Nk, k0 + kGradChunk);
     const bool empty = std::max(begin, k0) >= std::min(end, k1);
@@ -256,7 +278,8 @@ class VjpBody {
       if (schedule_.bias_shared) schedule_.wait(unit, c, step);
       for (int i = 0; i < count_; i++) {
         QueryTile<T>& t = tiles_[i];
-        const int64_t from = std::max(k0, t.mask.key_begin / kGradKeys * kGradKeys), to = std::min(k1, t.mask.key_end);
+        const int64_t from = std::max(k0, t.mask.key_begin / kGradKeys * kGradKeys),
+                      to = std::min(k1, t.mask.key_end);
         for (int64_t k = from; k < to; k += kGradKeys)
           pair_of_tiles(t, k, static_cast<int>(std::min<int64_t>(kGradKeys, k1 - k)), k - k0);
       }
@@ -279,8 +302,11 @@ class VjpBody {
         add_row<T>(dv, dv_ + (k - k0) * dvp_, in_.Dv, first);
       }
     }
-    if (empty || (schedule_.bias != BiasGradient::kOverQueries && schedule_.bias != BiasGradient::kOverBoth)) return;
-    for (int64_t k = k0; k < k1; k++) grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
+    if (empty ||
+        (schedule_.bias != BiasGradient::kOverQueries && schedule_.bias != BiasGradient::kOverBoth))
+      return;
+    for (int64_t k = k0; k < k1; k++)
+      grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
   }
 
   void load_keys(int64_t k0, int keys) {
@@ -291,7 +317,8 @@ class VjpBody {
         copy_row<T>(in_.k.at<T>(b_, hk_, k0 + j + r), in_.D, dp_, splat<T>(1), k + r * dp_);
         copy_row<T>(in_.v.at<T>(b_, hk_, k0 + j + r), in_.Dv, dvp_, splat<T>(1), v + r * dvp_);
       }
-      keys_finite_[j / kGradKeys] = all_finite<T>(k, dp_, static_cast<int>(dp_), n) && all_finite<T>(v, dvp_, static_cast<int>(dvp_), n);
+      keys_finite_[j / kGradKeys] = all_finite<T>(k, dp_, static_cast<int>(dp_), n) &&
+                                    all_finite<T>(v, dvp_, static_cast<int>(dvp_), n);
     }
     std::memset(dk_, 0, sizeof(T) * static_cast<size_t>(keys * dp_));
     std::memset(dv_, 0, sizeof(T) * static_cast<size_t>(keys * dvp_));
@@ -314,12 +341,14 @@ class VjpBody {
   }
 
   // Fills seen_, the edge words and the segments of every panel. False where no pair is seen.
-  bool look(const QueryTile<T>& t, int64_t k0, int keys, Segment (*segments)[kGradSteps], int* counts) {
+  bool look(const QueryTile<T>& t, int64_t k0, int keys, Segment (*segments)[kGradSteps],
+            int* counts) {
     std::memset(seen_, 0, sizeof seen_);
     bool any = false;
     whole_ = true;
     for (int p = 0; p * kPanel < t.rows; p++) {
-      counts[p] = t.mask.segments(p * kPanelGroups, k0, keys, segments[p], words_ + p * kGradKeys * kPanelGroups);
+      counts[p] = t.mask.segments(p * kPanelGroups, k0, keys, segments[p],
+                                  words_ + p * kGradKeys * kPanelGroups);
       const int groups = std::min(kPanelGroups, t.mask.groups - p * kPanelGroups);
       int pairs = 0;
       for (int i = 0; i < counts[p]; i++) {
@@ -329,7 +358,8 @@ class VjpBody {
         whole_ &= !s.edge;
         pairs += (s.jb - s.ja) * (s.nb - s.na);
         for (int j = s.ja; j < s.jb; j += kStep)
-          for (int g = s.na; g < s.nb; g++) seen_[j / kStep][p * kPanelGroups + g] = s.edge ? Seen::kSome : Seen::kAll;
+          for (int g = s.na; g < s.nb; g++)
+            seen_[j / kStep][p * kPanelGroups + g] = s.edge ? Seen::kSome : Seen::kAll;
       }
       whole_ &= pairs == keys * groups;
     }
@@ -337,7 +367,8 @@ class VjpBody {
   }
 
   // p and ds of one panel, zero where nothing is seen
-  void panel(QueryTile<T>& t, int p, int64_t k0, int keys, const T* k, const T* v, const Segment* segments, int count) {
+  void panel(QueryTile<T>& t, int p, int64_t k0, int keys, const T* k, const T* v,
+             const Segment* segments, int count) {
     const int at = p * kPanel, D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
     const uint16_t* words = words_ + p * kGradKeys * kPanelGroups;
     const T *q = t.q_lanes + int64_t{at} * D, *d_o = t.do_lanes + int64_t{at} * Dv;
@@ -364,9 +395,11 @@ class VjpBody {
     }
   }
 
-  __attribute__((noinline)) void apply_options(QueryTile<T>& t, int p, int64_t k0, const Segment& s, const uint16_t* words) {
+  __attribute__((noinline)) void apply_options(QueryTile<T>& t, int p, int64_t k0, const Segment& s,
+                                               const uint16_t* words) {
     const int at = p * kPanel;
-    if (logits_->bias) logits_->bias_panel(t.q0 + at, std::min(kPanel, t.rows - at), k0, s.ja, s.jb, bias_);
+    if (logits_->bias)
+      logits_->bias_panel(t.q0 + at, std::min(kPanel, t.rows - at), k0, s.ja, s.jb, bias_);
     alignas(64) T position[kPanel];
     positions<T>(t.q0 + at + logits_->offset - k0, kPanel, position);
     for (int n = s.na * kRegs<T>; n < s.nb * kRegs<T>; n++) {
@@ -375,7 +408,8 @@ class VjpBody {
       const Vec<T> pos = load(position + n * kWidth<T>);
       for (int j = s.ja; j < s.jb; j++) {
         T *prob = p_ + j * kGradQueries + lane, *ds = ds_ + j * kGradQueries + lane;
-        const Vec<T> added = logits_->bias ? load(bias_ + int64_t{j} * kPanel + n * kWidth<T>) : zero<T>();
+        const Vec<T> added =
+            logits_->bias ? load(bias_ + int64_t{j} * kPanel + n * kWidth<T>) : zero<T>();
         Vec<T> slope = zero<T>();
         Vec<T> w = exp2<T>(((*logits_)(load(prob), abs(pos - splat<T>(j)), added, &slope) - m) - l);
         Vec<T> d = (load(ds) - delta) * w;
@@ -433,23 +467,26 @@ class VjpBody {
       const int rows = std::min(kGradRows, keys - j);
       int qa = 0, qb = t.rows;
       if (!whole_) query_range(t, j, j + rows, &qa, &qb);
-      add_rows_of(p_ + j * kGradQueries + qa, rows, t.do_rows + int64_t{qa} * kGradWidth<T>, qb - qa, dv_ + (row + j) * dvp_, dvp_);
-      add_rows_of(ds_ + j * kGradQueries + qa, rows, t.q_rows + int64_t{qa} * kGradWidth<T>, qb - qa, dk_ + (row + j) * dp_, dp_);
+      add_rows_of(p_ + j * kGradQueries + qa, rows, t.do_rows + int64_t{qa} * kGradWidth<T>,
+                  qb - qa, dv_ + (row + j) * dvp_, dvp_);
+      add_rows_of(ds_ + j * kGradQueries + qa, rows, t.q_rows + int64_t{qa} * kGradWidth<T>,
+                  qb - qa, dk_ + (row + j) * dp_, dp_);
     }
     for (int64_t d = 0; d < dp_; d += kGradWidth<T>)
       for (int q = 0; q < t.rows; q += kGradRows) {
         const int rows = std::min(kGradRows, t.rows - q);
         int ja = 0, jb = keys;
         if (!whole_) key_range(q, q + rows, keys, &ja, &jb);
-        add_product<T, true>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, dp_ - d)), ds_ + ja * kGradQueries + q,
-                             kGradQueries, k_ + (row + ja) * dp_ + d, dp_, jb - ja, t.dq + q * dp_ + d, dp_);
+        add_product<T, true>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, dp_ - d)),
+                             ds_ + ja * kGradQueries + q, kGradQueries, k_ + (row + ja) * dp_ + d,
+                             dp_, jb - ja, t.dq + q * dp_ + d, dp_);
       }
   }
 
   void add_rows_of(const T* a, int rows, const T* b, int depth, T* c, int64_t ldc) {
     for (int64_t d = 0; d < ldc; d += kGradWidth<T>, b += kGradQueries * kGradWidth<T>)
-      add_product<T, false>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, ldc - d)), a, kGradQueries, b, kGradWidth<T>,
-                            depth, c + d, ldc);
+      add_product<T, false>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, ldc - d)), a,
+                            kGradQueries, b, kGradWidth<T>, depth, c + d, ldc);
   }
 
   void query_range(const QueryTile<T>& t, int ja, int jb, int* qa, int* qb) const {
@@ -474,28 +511,38 @@ class VjpBody {
     const int g = q / kGroup;
     const Seen s = seen_[j / kStep][g];
     if (s != Seen::kSome) return s == Seen::kAll;
-    return words_[(g / kPanelGroups * kGradKeys + j) * kPanelGroups + g % kPanelGroups] >> (q % kGroup) & 1;
+    return words_[(g / kPanelGroups * kGradKeys + j) * kPanelGroups + g % kPanelGroups] >>
+               (q % kGroup) &
+           1;
   }
 
   // The same sums pair by pair, for tiles where 0 times a masked NaN or infinity would spread it.
   __attribute__((noinline)) void add_products_checked(QueryTile<T>& t, int keys, int64_t row) {
     for (int j = 0; j < keys; j++) {
-      add_seen(t.rows, [&](int q) { return sees(j, q); }, [&](int q) { return p_[j * kGradQueries + q]; },
-               [&](int q, int64_t d) { return block_row(t.do_rows, q, d); }, dv_ + (row + j) * dvp_, dvp_);
-      add_seen(t.rows, [&](int q) { return sees(j, q); }, [&](int q) { return ds_[j * kGradQueries + q]; },
-               [&](int q, int64_t d) { return block_row(t.q_rows, q, d); }, dk_ + (row + j) * dp_, dp_);
+      add_seen(
+          t.rows, [&](int q) { return sees(j, q); },
+          [&](int q) { return p_[j * kGradQueries + q]; },
+          [&](int q, int64_t d) { return block_row(t.do_rows, q, d); }, dv_ + (row + j) * dvp_,
+          dvp_);
+      add_seen(
+          t.rows, [&](int q) { return sees(j, q); },
+          [&](int q) { return ds_[j * kGradQueries + q]; },
+          [&](int q, int64_t d) { return block_row(t.q_rows, q, d); }, dk_ + (row + j) * dp_, dp_);
     }
     for (int q = 0; q < t.rows; q++)
-      add_seen(keys, [&](int j) { return sees(j, q); }, [&](int j) { return ds_[j * kGradQueries + q]; },
-               [&](int j, int64_t d) { return k_ + (row + j) * dp_ + d; }, t.dq + q * dp_, dp_);
+      add_seen(
+          keys, [&](int j) { return sees(j, q); }, [&](int j) { return ds_[j * kGradQueries + q]; },
+          [&](int j, int64_t d) { return k_ + (row + j) * dp_ + d; }, t.dq + q * dp_, dp_);
   }
 
   static const T* block_row(const T* blocks, int q, int64_t d) {
-    return blocks + d / kGradWidth<T> * kGradQueries * kGradWidth<T> + int64_t{q} * kGradWidth<T> + d % kGradWidth<T>;
+    return blocks + d / kGradWidth<T> * kGradQueries * kGradWidth<T> + int64_t{q} * kGradWidth<T> +
+           d % kGradWidth<T>;
   }
 
   template <class In, class Weight, class Row>
-  static void add_seen(int n, const In& in, const Weight& weight, const Row& row, T* c, int64_t columns) {
+  static void add_seen(int n, const In& in, const Weight& weight, const Row& row, T* c,
+                       int64_t columns) {
     for (int64_t d = 0; d < columns; d += kWidth<T>) {
       Vec<T> acc = zero<T>();
       for (int i = 0; i < n; i++)
@@ -513,8 +560,8 @@ class VjpBody {
   int count_ = 0;
   bool keys_finite_[kGradChunk / kGradKeys] = {}, whole_ = true;
   QueryTile<T>* tiles_ = nullptr;
-  T *k_ = nullptr, *v_ = nullptr, *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr, *p_ = nullptr, *ds_ = nullptr,
-    *tanh_ = nullptr, *bias_ = nullptr, *columns_ = nullptr;
+  T *k_ = nullptr, *v_ = nullptr, *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr,
+    *p_ = nullptr, *ds_ = nullptr, *tanh_ = nullptr, *bias_ = nullptr, *columns_ = nullptr;
   uint16_t* words_ = nullptr;
   Seen seen_[kGradSteps][kGradGroups];
 };

@@ -11,8 +11,9 @@ namespace tilewise {
 // How the bias's gradient is summed: over which of the queries and keys of a head.
 enum class BiasGradient { kNone, kFull, kOverQueries, kOverKeys, kOverBoth };
 
-// A unit is the batches and KV heads that add to common gradients; its steps (one head's query chunk each) are ordered by a
-// ticket for every key chunk. Tasks are dealt in order, so the step a task waits for is always being worked on.
+// A unit is the batches and KV heads that add to common gradients; its steps (one head's query
+// chunk each) are ordered by a ticket for every key chunk. Tasks are dealt in order, so the step a
+// task waits for is always being worked on.
 class VjpSchedule {
  public:
   VjpSchedule(int64_t unit_count, int64_t steps_of_unit, int64_t key_chunk_count, int threads)
@@ -40,10 +41,14 @@ class VjpSchedule {
     for (int spins = 0; ticket(unit, chunk).load(std::memory_order_acquire) != step; spins++)
       if (spins > 1000) std::this_thread::yield();
   }
-  void pass(int64_t unit, int64_t chunk, int64_t step) { ticket(unit, chunk).store(step + 1, std::memory_order_release); }
+  void pass(int64_t unit, int64_t chunk, int64_t step) {
+    ticket(unit, chunk).store(step + 1, std::memory_order_release);
+  }
 
  private:
-  std::atomic<int64_t>& ticket(int64_t unit, int64_t chunk) { return tickets_[static_cast<size_t>(unit * key_chunks + chunk)]; }
+  std::atomic<int64_t>& ticket(int64_t unit, int64_t chunk) {
+    return tickets_[static_cast<size_t>(unit * key_chunks + chunk)];
+  }
 
   const int64_t lanes_;
   std::atomic<int64_t> next_{0};

@@ -1,5 +1,6 @@
-// The walk over tiles: which keys a block of queries visits, in which order, and which pairs are masked. Everything that fixes
-// bits is here: tiles of kTileKeys keys in chunks of kChunkKeys, counted from key 0 (docs/decisions/0002).
+// The walk over tiles: which keys a block of queries visits, in which order, and which pairs are
+// masked. Everything that fixes bits is here: tiles of kTileKeys keys in chunks of kChunkKeys,
+// counted from key 0 (docs/decisions/0002).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -24,7 +25,8 @@ class MaskBlock {
   int count = 0, groups = 0;
   int64_t key_begin = 0, key_end = 0;  // hull of the visible keys
 
-  void load(const MaskView& mask, int64_t b, int64_t h, int64_t q0, int rows, int64_t N, int64_t Nk) {
+  void load(const MaskView& mask, int64_t b, int64_t h, int64_t q0, int rows, int64_t N,
+            int64_t Nk) {
     count = rows;
     groups = (rows + kGroup - 1) / kGroup;
     keys_ = Nk;
@@ -42,7 +44,8 @@ class MaskBlock {
     }
   }
 
-  // Group g and keys [x, y): exact for kNone of intervals' hulls and for bits; kSome may turn out none or all of them.
+  // Group g and keys [x, y): exact for kNone of intervals' hulls and for bits; kSome may turn out
+  // none or all of them.
   Seen look(int g, int64_t x, int64_t y) const {
     if (all_) return Seen::kAll;
     if (bits_) return look_bits(g, x, y);
@@ -72,8 +75,9 @@ class MaskBlock {
     return (lo_[0][row] <= j && j < hi_[0][row]) || (lo_[1][row] <= j && j < hi_[1][row]);
   }
 
-  // The segments of a panel (groups from g0) in the tile of keys [k0, k0 + keys), each [ja, jb) relative to k0. Fills the words
-  // of edge segments. Returns their number; 0 where no pair is seen.
+  // The segments of a panel (groups from g0) in the tile of keys [k0, k0 + keys), each [ja, jb)
+  // relative to k0. Fills the words of edge segments. Returns their number; 0 where no pair is
+  // seen.
   int segments(int g0, int64_t k0, int keys, Segment* out, uint16_t* edge) const {
     const int n = std::min(kPanelGroups, groups - g0);
     bool full = n == kPanelGroups, some = false;
@@ -105,13 +109,15 @@ class MaskBlock {
     int32_t lo[2], hi[2], full_lo[2], full_hi[2];
   };
 
-  // The groups of a panel that see keys [j, end) of the tile, and their words where some pair is masked.
+  // The groups of a panel that see keys [j, end) of the tile, and their words where some pair is
+  // masked.
   Segment step(int g0, int n, int64_t k0, int j, int end, uint16_t* edge) const {
     Segment s{j, end, kPanelGroups, 0, false};
     Seen seen[kPanelGroups];
     for (int g = 0; g < n; g++) {
       seen[g] = look(g0 + g, k0 + j, k0 + end);
-      if (seen[g] == Seen::kSome) seen[g] = words(g0 + g, k0 + j, k0 + end, edge + j * kPanelGroups + g, kPanelGroups);
+      if (seen[g] == Seen::kSome)
+        seen[g] = words(g0 + g, k0 + j, k0 + end, edge + j * kPanelGroups + g, kPanelGroups);
       if (seen[g] == Seen::kNone) continue;
       s.edge |= seen[g] == Seen::kSome;
       s.na = std::min(s.na, g);
@@ -121,7 +127,8 @@ class MaskBlock {
     if (s.edge)
       for (int g = s.na; g < s.nb; g++)
         if (seen[g] != Seen::kSome)
-          for (int i = j; i < end; i++) edge[i * kPanelGroups + g] = seen[g] == Seen::kAll ? 0xffff : 0;
+          for (int i = j; i < end; i++)
+            edge[i * kPanelGroups + g] = seen[g] == Seen::kAll ? 0xffff : 0;
     return s;
   }
 
@@ -179,14 +186,16 @@ class MaskBlock {
   alignas(64) int32_t lo_[2][kMaxBlock], hi_[2][kMaxBlock];
 };
 
-// Tiles in ascending order, chunk by chunk: body.tile(panel, k0, keys, segments, count, words), body.chunk_end(last).
+// Tiles in ascending order, chunk by chunk: body.tile(panel, k0, keys, segments, count, words),
+// body.chunk_end(last).
 template <class Body>
 TW_NOINLINE void walk(const MaskBlock& mask, int64_t Nk, Body& body) {
   Segment segments[kMaxSegments];
   alignas(64) uint16_t words[kTileKeys * kPanelGroups];
   for (int64_t c = mask.key_begin / kChunkKeys * kChunkKeys; c < mask.key_end; c += kChunkKeys) {
     const int64_t end = std::min(c + kChunkKeys, mask.key_end);
-    for (int64_t k0 = std::max(c, mask.key_begin / kTileKeys * kTileKeys); k0 < end; k0 += kTileKeys) {
+    for (int64_t k0 = std::max(c, mask.key_begin / kTileKeys * kTileKeys); k0 < end;
+         k0 += kTileKeys) {
       const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, Nk - k0));
       for (int g = 0; g < mask.groups; g += kPanelGroups) {
         const int count = mask.segments(g, k0, keys, segments, words);

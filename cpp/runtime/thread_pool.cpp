@@ -22,7 +22,8 @@ constexpr int kMaxThreads = 1024;
 
 int checked(long n, const char* name) {
   if (n < 1 || n > kMaxThreads)
-    throw std::invalid_argument(std::string(name) + " must be an integer from 1 to 1024, got " + std::to_string(n));
+    throw std::invalid_argument(std::string(name) + " must be an integer from 1 to 1024, got " +
+                                std::to_string(n));
   return static_cast<int>(n);
 }
 
@@ -31,7 +32,8 @@ int default_threads() {
     char* end = nullptr;
     long n = std::strtol(text, &end, 10);
     if (*end)
-      throw std::invalid_argument("TILEWISE_NUM_THREADS must be an integer from 1 to 1024, got '" + std::string(text) + "'");
+      throw std::invalid_argument("TILEWISE_NUM_THREADS must be an integer from 1 to 1024, got '" +
+                                  std::string(text) + "'");
     return checked(n, "TILEWISE_NUM_THREADS");
   }
 #if defined(__linux__)
@@ -71,7 +73,9 @@ class Pool {
   int grow(int wanted) {
     try {
       while (static_cast<int>(workers_.size()) < wanted)
-        workers_.emplace_back([this, slot = static_cast<int>(workers_.size()) + 1, seen = round_] { work(slot, seen); });
+        workers_.emplace_back([this, slot = static_cast<int>(workers_.size()) + 1, seen = round_] {
+          work(slot, seen);
+        });
     } catch (const std::system_error&) {
     }
     return std::min(wanted, static_cast<int>(workers_.size()));
@@ -115,7 +119,8 @@ class Pool {
 std::atomic<int> wanted{0};
 std::atomic<Pool*> pool{nullptr};
 
-// A pool is never destroyed: its threads sleep until the process ends, and in a forked child they do not exist.
+// A pool is never destroyed: its threads sleep until the process ends, and in a forked child they
+// do not exist.
 Pool& the_pool() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
   (void)registered;
@@ -138,7 +143,9 @@ int num_threads() {
   return wanted.load();
 }
 
-void set_num_threads(int n) { wanted.store(checked(n, "num_threads")); }
+void set_num_threads(int n) {
+  wanted.store(checked(n, "num_threads"));
+}
 
 void run_parallel(int threads, const std::function<void(int)>& body) {
   if (threads <= 1 || !the_pool().run(threads, body)) body(0);

@@ -11,7 +11,8 @@ namespace tilewise {
 namespace {
 
 constexpr size_t kPage = size_t{2} << 20;
-constexpr size_t kKept = size_t{64} << 20;  // more than this is given back when a smaller piece is asked for
+constexpr size_t kKept = size_t{64}
+                         << 20;  // more than this is given back when a smaller piece is asked for
 
 struct Block {
   void* data = nullptr;

@@ -1,10 +1,12 @@
-// Opens the region in which code is compiled for one target. The unit defines TILEWISE_TARGET_<NAME>; standard headers stay
-// outside, so that nothing the linker may merge carries an instruction that another target lacks.
+// Opens the region in which code is compiled for one target. The unit defines
+// TILEWISE_TARGET_<NAME>; standard headers stay outside, so that nothing the linker may merge
+// carries an instruction that another target lacks.
 #if defined(TILEWISE_TARGET_AVX512)
 #define TILEWISE_NS avx512
 #if defined(__clang__)
-#pragma clang attribute push(                                                                  \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), \
+#pragma clang attribute push(                                                            \
+    __attribute__((                                                                      \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), \
     apply_to = function)
 #else
 #pragma GCC push_options

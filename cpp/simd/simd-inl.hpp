@@ -1,5 +1,6 @@
-// Vectors of one target. A row of queries is laid out in groups of 16 logical lanes; a group is kRegs<T> registers wide.
-// No operation here crosses lanes except the transposes, so the width is invisible in every result.
+// Vectors of one target. A row of queries is laid out in groups of 16 logical lanes; a group is
+// kRegs<T> registers wide. No operation here crosses lanes except the transposes, so the width is
+// invisible in every result.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -62,12 +63,24 @@ constexpr int kRegs = kGroup / kWidth<T>;
 template <class T>
 using Lanes = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
 
-TW_INLINE VecF set1(float x) { return (VecF)_mm512_set1_ps(x); }
-TW_INLINE VecD set1(double x) { return (VecD)_mm512_set1_pd(x); }
-TW_INLINE VecF load(const float* p) { return (VecF)_mm512_loadu_ps(p); }
-TW_INLINE VecD load(const double* p) { return (VecD)_mm512_loadu_pd(p); }
-TW_INLINE void store(float* p, VecF x) { _mm512_storeu_ps(p, (__m512)x); }
-TW_INLINE void store(double* p, VecD x) { _mm512_storeu_pd(p, (__m512d)x); }
+TW_INLINE VecF set1(float x) {
+  return (VecF)_mm512_set1_ps(x);
+}
+TW_INLINE VecD set1(double x) {
+  return (VecD)_mm512_set1_pd(x);
+}
+TW_INLINE VecF load(const float* p) {
+  return (VecF)_mm512_loadu_ps(p);
+}
+TW_INLINE VecD load(const double* p) {
+  return (VecD)_mm512_loadu_pd(p);
+}
+TW_INLINE void store(float* p, VecF x) {
+  _mm512_storeu_ps(p, (__m512)x);
+}
+TW_INLINE void store(double* p, VecD x) {
+  _mm512_storeu_pd(p, (__m512d)x);
+}
 TW_INLINE VecF fma(VecF a, VecF b, VecF c) {
   return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -75,8 +88,12 @@ TW_INLINE VecD fma(VecD a, VecD b, VecD c) {
   return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 }
 // a > b ? a : b, so b where either is NaN
-TW_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
-TW_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+TW_INLINE VecF max(VecF a, VecF b) {
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+}
+TW_INLINE VecD max(VecD a, VecD b) {
+  return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b);
+}
 template <class T>
 TW_INLINE Lanes<T> lanes(uint32_t bits) {
   return static_cast<Lanes<T>>(bits);
@@ -93,64 +110,114 @@ TW_INLINE VecF fma_where(__mmask16 m, VecF a, VecF b, VecF c) {
 TW_INLINE VecD fma_where(__mmask8 m, VecD a, VecD b, VecD c) {
   return (VecD)_mm512_mask3_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c, m);
 }
-TW_INLINE __mmask16 equal(VecF a, VecF b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
-TW_INLINE __mmask8 equal(VecD a, VecD b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ); }
-TW_INLINE __mmask16 unordered(VecF a) { return _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q); }
-TW_INLINE __mmask8 unordered(VecD a) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)a, _CMP_UNORD_Q); }
-TW_INLINE bool any(__mmask16 m) { return m != 0; }
-TW_INLINE VecF abs(VecF a) { return (VecF)_mm512_abs_ps((__m512)a); }
-TW_INLINE VecD abs(VecD a) { return (VecD)_mm512_abs_pd((__m512d)a); }
+TW_INLINE __mmask16 equal(VecF a, VecF b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+}
+TW_INLINE __mmask8 equal(VecD a, VecD b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+}
+TW_INLINE __mmask16 unordered(VecF a) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
+}
+TW_INLINE __mmask8 unordered(VecD a) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)a, _CMP_UNORD_Q);
+}
+TW_INLINE bool any(__mmask16 m) {
+  return m != 0;
+}
+TW_INLINE VecF abs(VecF a) {
+  return (VecF)_mm512_abs_ps((__m512)a);
+}
+TW_INLINE VecD abs(VecD a) {
+  return (VecD)_mm512_abs_pd((__m512d)a);
+}
 // p * 2^n where x >= cut or x is NaN, else +0. `bits` holds n in its low mantissa bits.
 TW_INLINE VecF ldexp_cut(VecF p, VecF n, VecF, VecF x, float cut) {
   return (VecF)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)set1(cut), _CMP_NLT_UQ),
                                       (__m512)p, (__m512)n);
 }
 TW_INLINE VecD ldexp_cut(VecD p, VecD n, VecD, VecD x, double cut) {
-  return (VecD)_mm512_maskz_scalef_pd(_mm512_cmp_pd_mask((__m512d)x, (__m512d)set1(cut), _CMP_NLT_UQ),
-                                      (__m512d)p, (__m512d)n);
+  return (VecD)_mm512_maskz_scalef_pd(
+      _mm512_cmp_pd_mask((__m512d)x, (__m512d)set1(cut), _CMP_NLT_UQ), (__m512d)p, (__m512d)n);
 }
 #else
 template <class T>
 using Lanes = IVec<T>;
 
 #if defined(TILEWISE_TARGET_AVX2)
-TW_INLINE VecF set1(float x) { return (VecF)_mm256_set1_ps(x); }
-TW_INLINE VecD set1(double x) { return (VecD)_mm256_set1_pd(x); }
-TW_INLINE VecF load(const float* p) { return (VecF)_mm256_loadu_ps(p); }
-TW_INLINE VecD load(const double* p) { return (VecD)_mm256_loadu_pd(p); }
-TW_INLINE void store(float* p, VecF x) { _mm256_storeu_ps(p, (__m256)x); }
-TW_INLINE void store(double* p, VecD x) { _mm256_storeu_pd(p, (__m256d)x); }
+TW_INLINE VecF set1(float x) {
+  return (VecF)_mm256_set1_ps(x);
+}
+TW_INLINE VecD set1(double x) {
+  return (VecD)_mm256_set1_pd(x);
+}
+TW_INLINE VecF load(const float* p) {
+  return (VecF)_mm256_loadu_ps(p);
+}
+TW_INLINE VecD load(const double* p) {
+  return (VecD)_mm256_loadu_pd(p);
+}
+TW_INLINE void store(float* p, VecF x) {
+  _mm256_storeu_ps(p, (__m256)x);
+}
+TW_INLINE void store(double* p, VecD x) {
+  _mm256_storeu_pd(p, (__m256d)x);
+}
 TW_INLINE VecF fma(VecF a, VecF b, VecF c) {
   return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 TW_INLINE VecD fma(VecD a, VecD b, VecD c) {
   return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
-TW_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
-TW_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+TW_INLINE VecF max(VecF a, VecF b) {
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+}
+TW_INLINE VecD max(VecD a, VecD b) {
+  return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
 TW_INLINE VecF select(VecI m, VecF a, VecF b) {
   return (VecF)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)m);
 }
 TW_INLINE VecD select(VecL m, VecD a, VecD b) {
   return (VecD)_mm256_blendv_pd((__m256d)b, (__m256d)a, (__m256d)m);
 }
-TW_INLINE VecI set1(int32_t x) { return (VecI)_mm256_set1_epi32(x); }
-TW_INLINE VecL set1(int64_t x) { return (VecL)_mm256_set1_epi64x(x); }
-TW_INLINE bool any(VecI m) { return _mm256_movemask_ps((__m256)m) != 0; }
-TW_INLINE bool any(VecL m) { return _mm256_movemask_pd((__m256d)m) != 0; }
+TW_INLINE VecI set1(int32_t x) {
+  return (VecI)_mm256_set1_epi32(x);
+}
+TW_INLINE VecL set1(int64_t x) {
+  return (VecL)_mm256_set1_epi64x(x);
+}
+TW_INLINE bool any(VecI m) {
+  return _mm256_movemask_ps((__m256)m) != 0;
+}
+TW_INLINE bool any(VecL m) {
+  return _mm256_movemask_pd((__m256d)m) != 0;
+}
 #else
-TW_INLINE VecF set1(float x) { return x - (VecF){}; }
-TW_INLINE VecD set1(double x) { return x - (VecD){}; }
-TW_INLINE VecI set1(int32_t x) { return x - (VecI){}; }
-TW_INLINE VecL set1(int64_t x) { return x - (VecL){}; }
+TW_INLINE VecF set1(float x) {
+  return x - (VecF){};
+}
+TW_INLINE VecD set1(double x) {
+  return x - (VecD){};
+}
+TW_INLINE VecI set1(int32_t x) {
+  return x - (VecI){};
+}
+TW_INLINE VecL set1(int64_t x) {
+  return x - (VecL){};
+}
 template <class T>
 TW_INLINE Vec<T> load(const T* p) {
   Vec<T> r;
   std::memcpy(&r, p, sizeof r);
   return r;
 }
-TW_INLINE void store(float* p, VecF x) { std::memcpy(p, &x, sizeof x); }
-TW_INLINE void store(double* p, VecD x) { std::memcpy(p, &x, sizeof x); }
+TW_INLINE void store(float* p, VecF x) {
+  std::memcpy(p, &x, sizeof x);
+}
+TW_INLINE void store(double* p, VecD x) {
+  std::memcpy(p, &x, sizeof x);
+}
 TW_INLINE VecF fma(VecF a, VecF b, VecF c) {
   for (int i = 0; i < kWidth<float>; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
@@ -159,10 +226,18 @@ TW_INLINE VecD fma(VecD a, VecD b, VecD c) {
   for (int i = 0; i < kWidth<double>; i++) c[i] = __builtin_fma(a[i], b[i], c[i]);
   return c;
 }
-TW_INLINE VecF select(VecI m, VecF a, VecF b) { return (VecF)((m & (VecI)a) | (~m & (VecI)b)); }
-TW_INLINE VecD select(VecL m, VecD a, VecD b) { return (VecD)((m & (VecL)a) | (~m & (VecL)b)); }
-TW_INLINE VecF max(VecF a, VecF b) { return select((VecI)(a > b), a, b); }
-TW_INLINE VecD max(VecD a, VecD b) { return select((VecL)(a > b), a, b); }
+TW_INLINE VecF select(VecI m, VecF a, VecF b) {
+  return (VecF)((m & (VecI)a) | (~m & (VecI)b));
+}
+TW_INLINE VecD select(VecL m, VecD a, VecD b) {
+  return (VecD)((m & (VecL)a) | (~m & (VecL)b));
+}
+TW_INLINE VecF max(VecF a, VecF b) {
+  return select((VecI)(a > b), a, b);
+}
+TW_INLINE VecD max(VecD a, VecD b) {
+  return select((VecL)(a > b), a, b);
+}
 template <class M>
 TW_INLINE bool any(M m) {
   for (unsigned i = 0; i < sizeof(M) / sizeof(m[0]); i++)
@@ -181,12 +256,24 @@ template <class V, class M>
 TW_INLINE V fma_where(M m, V a, V b, V c) {
   return select(m, fma(a, b, c), c);
 }
-TW_INLINE VecI equal(VecF a, VecF b) { return (VecI)(a == b); }
-TW_INLINE VecL equal(VecD a, VecD b) { return (VecL)(a == b); }
-TW_INLINE VecI unordered(VecF a) { return (VecI)(a != a); }
-TW_INLINE VecL unordered(VecD a) { return (VecL)(a != a); }
-TW_INLINE VecF abs(VecF a) { return (VecF)((VecI)a & 0x7fffffff); }
-TW_INLINE VecD abs(VecD a) { return (VecD)((VecL)a & 0x7fffffffffffffffLL); }
+TW_INLINE VecI equal(VecF a, VecF b) {
+  return (VecI)(a == b);
+}
+TW_INLINE VecL equal(VecD a, VecD b) {
+  return (VecL)(a == b);
+}
+TW_INLINE VecI unordered(VecF a) {
+  return (VecI)(a != a);
+}
+TW_INLINE VecL unordered(VecD a) {
+  return (VecL)(a != a);
+}
+TW_INLINE VecF abs(VecF a) {
+  return (VecF)((VecI)a & 0x7fffffff);
+}
+TW_INLINE VecD abs(VecD a) {
+  return (VecD)((VecL)a & 0x7fffffffffffffffLL);
+}
 TW_INLINE VecF ldexp_cut(VecF p, VecF, VecF bits, VecF x, float cut) {
   return (VecF)(((VecI)p + ((VecI)bits << 23)) & ~(VecI)(x < set1(cut)));
 }
@@ -195,7 +282,8 @@ TW_INLINE VecD ldexp_cut(VecD p, VecD, VecD bits, VecD x, double cut) {
 }
 #endif
 
-// A load that stays in a register: folded into each multiply-add that uses it, it would be done again and again.
+// A load that stays in a register: folded into each multiply-add that uses it, it would be done
+// again and again.
 template <class T>
 TW_INLINE Vec<T> load_once(const T* p) {
   Vec<T> x = load(p);
@@ -214,7 +302,8 @@ TW_INLINE Vec<T> splat(double x) {
   return set1(static_cast<T>(x));
 }
 
-// Four columns of kWidth rows at once: out[e][lane r] = p[min(r, last) * ld + e], and the way back for rows 0..last.
+// Four columns of kWidth rows at once: out[e][lane r] = p[min(r, last) * ld + e], and the way back
+// for rows 0..last.
 #if defined(TILEWISE_TARGET_AVX512) || defined(TILEWISE_TARGET_AVX2)
 TW_INLINE void transpose4(VecF* r) {
 #if defined(TILEWISE_TARGET_AVX512)
@@ -238,7 +327,9 @@ TW_INLINE void transpose4(VecF* r) {
 #endif
 }
 TW_INLINE VecF gather_rows4(const float* p, int64_t ld, int i, int last) {
-  auto row = [&](int r) __attribute__((always_inline)) { return _mm_loadu_ps(p + (r < last ? r : last) * ld); };
+  auto row = [&](int r) __attribute__((always_inline)) {
+    return _mm_loadu_ps(p + (r < last ? r : last) * ld);
+  };
 #if defined(TILEWISE_TARGET_AVX512)
   __m512 x = _mm512_castps128_ps512(row(i));
   x = _mm512_insertf32x4(x, row(4 + i), 1);
@@ -274,14 +365,16 @@ TW_INLINE void store_columns4(float* p, int64_t ld, int last, VecF* x) {
 #define TW_SCALAR_COLUMNS T
 template <class T>
 #endif
-TW_INLINE void load_columns4(const TW_SCALAR_COLUMNS* p, int64_t ld, int last, Vec<TW_SCALAR_COLUMNS>* out) {
+TW_INLINE void load_columns4(const TW_SCALAR_COLUMNS* p, int64_t ld, int last,
+                             Vec<TW_SCALAR_COLUMNS>* out) {
   for (int r = 0; r < kWidth<TW_SCALAR_COLUMNS>; r++)
     for (int e = 0; e < 4; e++) out[e][r] = p[(r < last ? r : last) * ld + e];
 }
 #if defined(TILEWISE_TARGET_PORTABLE)
 template <class T>
 #endif
-TW_INLINE void store_columns4(TW_SCALAR_COLUMNS* p, int64_t ld, int last, Vec<TW_SCALAR_COLUMNS>* x) {
+TW_INLINE void store_columns4(TW_SCALAR_COLUMNS* p, int64_t ld, int last,
+                              Vec<TW_SCALAR_COLUMNS>* x) {
   for (int r = 0; r <= last && r < kWidth<TW_SCALAR_COLUMNS>; r++)
     for (int e = 0; e < 4; e++) p[r * ld + e] = x[e][r];
 }
@@ -291,7 +384,8 @@ TW_INLINE void store_columns4(TW_SCALAR_COLUMNS* p, int64_t ld, int last, Vec<TW
 TW_INLINE uint32_t inside(const int32_t* lo, const int32_t* hi, int32_t j) {
 #if defined(TILEWISE_TARGET_AVX512)
   const __m512i x = _mm512_set1_epi32(j);
-  return _mm512_mask_cmpgt_epi32_mask(_mm512_cmple_epi32_mask(_mm512_loadu_si512(lo), x), _mm512_loadu_si512(hi), x);
+  return _mm512_mask_cmpgt_epi32_mask(_mm512_cmple_epi32_mask(_mm512_loadu_si512(lo), x),
+                                      _mm512_loadu_si512(hi), x);
 #elif defined(TILEWISE_TARGET_AVX2)
   const __m256i x = _mm256_set1_epi32(j);
   uint32_t bits = 0;
@@ -309,7 +403,9 @@ TW_INLINE uint32_t inside(const int32_t* lo, const int32_t* hi, int32_t j) {
 #endif
 }
 
-TW_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+TW_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p);
+}
 
 // A caller's flush-to-zero or rounding mode must not change bits.
 struct FloatingPointMode {

@@ -28,11 +28,13 @@ Target parse(const std::string& name, const char* source) {
     if (name == target_name(t)) return t;
     names += std::string(names.empty() ? "" : ", ") + target_name(t);
   }
-  throw std::invalid_argument(std::string(source) + " must be one of " + names + ", got '" + name + "'");
+  throw std::invalid_argument(std::string(source) + " must be one of " + names + ", got '" + name +
+                              "'");
 }
 
 Target initial() {
-  if (const char* name = std::getenv("TILEWISE_TARGET"); name && *name) return parse(name, "TILEWISE_TARGET");
+  if (const char* name = std::getenv("TILEWISE_TARGET"); name && *name)
+    return parse(name, "TILEWISE_TARGET");
   for (Target t : kAll)
     if (runs_here(t)) return t;
   return Target::kPortable;
@@ -44,9 +46,12 @@ std::atomic<int> chosen{-1};
 
 const char* target_name(Target target) {
   switch (target) {
-    case Target::kAvx512: return "avx512";
-    case Target::kAvx2: return "avx2";
-    default: return "portable";
+    case Target::kAvx512:
+      return "avx512";
+    case Target::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
   }
 }
 
@@ -65,6 +70,8 @@ Target active_target() {
   return static_cast<Target>(chosen.load());
 }
 
-void set_target(const std::string& name) { chosen.store(static_cast<int>(parse(name, "target"))); }
+void set_target(const std::string& name) {
+  chosen.store(static_cast<int>(parse(name, "target")));
+}
 
 }  // namespace tilewise

@@ -8,7 +8,7 @@ namespace tilewise {
 enum class Target { kAvx512, kAvx2, kPortable };
 
 std::vector<std::string> available_targets();  // best first
-Target active_target();                        // throws std::invalid_argument where TILEWISE_TARGET names none of them
+Target active_target();  // throws std::invalid_argument where TILEWISE_TARGET names none of them
 const char* target_name(Target target);
 void set_target(const std::string& name);  // throws std::invalid_argument
 

@@ -56,8 +56,8 @@ TW_INLINE void unpack_register(const T* in, int columns, int last, Vec<T> mul, T
   }
 }
 
-// x[r * ld + c] = mul[lane r] * in[c * kPanel + lane r] for rows of one group, +0 where mul is 0. The addition of zero settles
-// the sign of zero.
+// x[r * ld + c] = mul[lane r] * in[c * kPanel + lane r] for rows of one group, +0 where mul is 0.
+// The addition of zero settles the sign of zero.
 template <class T>
 TW_NOINLINE void unpack_lanes(const T* in, int columns, int rows, const T* mul, T* x, int64_t ld) {
   for (int r = 0; r < rows; r += kWidth<T>) {
@@ -69,7 +69,8 @@ TW_NOINLINE void unpack_lanes(const T* in, int columns, int rows, const T* mul, 
   }
 }
 
-// out[e] = mul * x[e] for e < n, then zeros up to `columns`, a multiple of the width; out may hold a register more
+// out[e] = mul * x[e] for e < n, then zeros up to `columns`, a multiple of the width; out may hold
+// a register more
 template <class T>
 TW_INLINE void copy_row(const T* x, int64_t n, int64_t columns, Vec<T> mul, T* out) {
   int64_t e = 0;
@@ -82,19 +83,23 @@ TW_INLINE void copy_row(const T* x, int64_t n, int64_t columns, Vec<T> mul, T* o
   }
 }
 
-// out[(c / W) * rows_ld * W + r * W + c % W] = mul * x[r * ld + c]: blocks of W columns, zero beyond the last column
+// out[(c / W) * rows_ld * W + r * W + c % W] = mul * x[r * ld + c]: blocks of W columns, zero
+// beyond the last column
 template <class T, int W>
-TW_NOINLINE void pack_blocks(const T* x, int64_t ld, int columns, int rows, T mul, T* out, int64_t rows_ld) {
+TW_NOINLINE void pack_blocks(const T* x, int64_t ld, int columns, int rows, T mul, T* out,
+                             int64_t rows_ld) {
   const Vec<T> s = set1(mul);
   for (int c = 0; c < columns; c += W, out += rows_ld * W)
-    for (int r = 0; r < rows; r++) copy_row<T>(x + r * ld + c, std::min(columns - c, W), W, s, out + int64_t{r} * W);
+    for (int r = 0; r < rows; r++)
+      copy_row<T>(x + r * ld + c, std::min(columns - c, W), W, s, out + int64_t{r} * W);
 }
 
 // to[e] += from[e], or = where `set`
 template <class T>
 TW_INLINE void add_row(T* to, const T* from, int64_t n, bool set) {
   int64_t e = 0;
-  for (; e + kWidth<T> <= n; e += kWidth<T>) store(to + e, (set ? zero<T>() : load(to + e)) + load(from + e));
+  for (; e + kWidth<T> <= n; e += kWidth<T>)
+    store(to + e, (set ? zero<T>() : load(to + e)) + load(from + e));
   for (; e < n; e++) to[e] = (set ? T{0} : to[e]) + from[e];
 }
 

@@ -2,5 +2,7 @@
 #include "ops/attention-inl.hpp"
 
 namespace tilewise {
-const AttentionKernels* attention_kernels_avx2() { return avx2::kernels(); }
+const AttentionKernels* attention_kernels_avx2() {
+  return avx2::kernels();
+}
 }  // namespace tilewise

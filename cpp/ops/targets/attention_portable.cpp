@@ -2,5 +2,7 @@
 #include "ops/attention-inl.hpp"
 
 namespace tilewise {
-const AttentionKernels* attention_kernels_portable() { return portable::kernels(); }
+const AttentionKernels* attention_kernels_portable() {
+  return portable::kernels();
+}
 }  // namespace tilewise

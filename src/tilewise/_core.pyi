@@ -1,0 +1,30 @@
+"""The compiled kernels. Private: use tilewise.numpy."""
+
+from typing import Annotated
+
+from numpy.typing import NDArray
+
+
+def target() -> str:
+    """The instruction set in use."""
+
+def targets() -> list[str]:
+    """The instruction sets this CPU can run, best first."""
+
+def set_target(name: str) -> None:
+    """Use the named instruction set from now on."""
+
+def num_threads() -> int:
+    """Threads that a call may use."""
+
+def set_num_threads(n: int) -> None:
+    """Let a call use n threads from now on."""
+
+def fma_peak(dtype: str, seconds: float) -> float:
+    """Fused multiply-adds of one core in GFLOP/s."""
+
+def attention_forward(q: Annotated[NDArray, dict(device='cpu', writable=False)], k: Annotated[NDArray, dict(device='cpu', writable=False)], v: Annotated[NDArray, dict(device='cpu', writable=False)], o: Annotated[NDArray, dict(device='cpu')], *, m: Annotated[NDArray, dict(device='cpu')] | None, log_l: Annotated[NDArray, dict(device='cpu')] | None, lse: Annotated[NDArray, dict(device='cpu')] | None, max_logit: Annotated[NDArray, dict(device='cpu')] | None, entropy: Annotated[NDArray, dict(device='cpu')] | None, mask_rows: Annotated[NDArray, dict(device='cpu', writable=False)] | None, mask_bits: Annotated[NDArray, dict(device='cpu', writable=False)] | None, mask_tiles: Annotated[NDArray, dict(device='cpu', writable=False)] | None, bias: Annotated[NDArray, dict(device='cpu', writable=False)] | None, slopes: Annotated[NDArray, dict(device='cpu', writable=False)] | None, sinks: Annotated[NDArray, dict(device='cpu', writable=False)] | None, softmax_scale: float, softcap: float) -> None:
+    """Write o and the row results that are given; softcap 0 is none."""
+
+def attention_vjp(q: Annotated[NDArray, dict(device='cpu', writable=False)], k: Annotated[NDArray, dict(device='cpu', writable=False)], v: Annotated[NDArray, dict(device='cpu', writable=False)], do: Annotated[NDArray, dict(device='cpu', writable=False)], o: Annotated[NDArray, dict(device='cpu', writable=False)], m: Annotated[NDArray, dict(device='cpu', writable=False)], log_l: Annotated[NDArray, dict(device='cpu', writable=False)], *, dlse: Annotated[NDArray, dict(device='cpu', writable=False)] | None, dq: Annotated[NDArray, dict(device='cpu')], dk: Annotated[NDArray, dict(device='cpu')], dv: Annotated[NDArray, dict(device='cpu')], dbias: Annotated[NDArray, dict(device='cpu')] | None, dsinks: Annotated[NDArray, dict(device='cpu')] | None, mask_rows: Annotated[NDArray, dict(device='cpu', writable=False)] | None, mask_bits: Annotated[NDArray, dict(device='cpu', writable=False)] | None, mask_tiles: Annotated[NDArray, dict(device='cpu', writable=False)] | None, bias: Annotated[NDArray, dict(device='cpu', writable=False)] | None, slopes: Annotated[NDArray, dict(device='cpu', writable=False)] | None, sinks: Annotated[NDArray, dict(device='cpu', writable=False)] | None, softmax_scale: float, softcap: float) -> None:
+    """Write dq, dk, dv and what else is given; dbias must hold zeros."""
