@@ -115,6 +115,7 @@ void vjp_over_both(const AttentionInputs& in, const AttentionCotangents& ct,
   std::vector<T> by_key(static_cast<size_t>(batches * heads * in.Nk));
   grads.dbias = {by_key.data(), to.batch ? heads * in.Nk : 0, to.head ? in.Nk : 0, 0, 1};
   vjp<T>(in, ct, grads);
+  const FloatingPointMode mode;
   for (int64_t b = 0; b < batches; b++)
     for (int64_t h = 0; h < heads; h++)
       for (int64_t k = 0; k < in.Nk; k++)

@@ -272,9 +272,8 @@ class VjpBody {
   // order of the steps.
   void key_chunk(int64_t unit, int64_t step, int64_t c, int64_t begin, int64_t end, bool first) {
     const int64_t k0 = c * kGradChunk, k1 = std::min(in_.Nk, k0 + kGradChunk);
-    const bool empty = std::max(begin, k0) >= std::min(end, k1);
-    if (!empty) {
-      load_keys(k0, static_cast<int>(k1 - k0));
+    loaded_ = 0;
+    if (std::max(begin, k0) < std::min(end, k1)) {
       if (schedule_.bias_shared) schedule_.wait(unit, c, step);
       for (int i = 0; i < count_; i++) {
         QueryTile<T>& t = tiles_[i];
@@ -285,44 +284,46 @@ class VjpBody {
       }
     }
     schedule_.wait(unit, c, step);
-    if (first || !empty) add_keys(k0, k1, first, empty);
+    if (first || loaded_) add_keys(k0, k1, first);
     if (schedule_.bias == BiasGradient::kOverKeys && c + 1 == schedule_.key_chunks) add_bias_rows();
     schedule_.pass(unit, c, step);
   }
 
   // dk and dv of the chunk: the first step of a KV head sets them, later ones add
-  void add_keys(int64_t k0, int64_t k1, bool first, bool empty) {
+  void add_keys(int64_t k0, int64_t k1, bool first) {
+    const bool over_queries =
+        schedule_.bias == BiasGradient::kOverQueries || schedule_.bias == BiasGradient::kOverBoth;
     for (int64_t k = k0; k < k1; k++) {
+      const bool seen = loaded_ >> ((k - k0) / kGradKeys) & 1;
+      if (!seen && !first) continue;
       T *dk = grads_.dk.at_mut<T>(b_, hk_, k), *dv = grads_.dv.at_mut<T>(b_, hk_, k);
-      if (empty) {
+      if (!seen) {
         std::memset(dk, 0, sizeof(T) * static_cast<size_t>(in_.D));
         std::memset(dv, 0, sizeof(T) * static_cast<size_t>(in_.Dv));
-      } else {
-        add_row<T>(dk, dk_ + (k - k0) * dp_, in_.D, first);
-        add_row<T>(dv, dv_ + (k - k0) * dvp_, in_.Dv, first);
+        continue;
       }
+      add_row<T>(dk, dk_ + (k - k0) * dp_, in_.D, first);
+      add_row<T>(dv, dv_ + (k - k0) * dvp_, in_.Dv, first);
+      if (over_queries)
+        grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
     }
-    if (empty ||
-        (schedule_.bias != BiasGradient::kOverQueries && schedule_.bias != BiasGradient::kOverBoth))
-      return;
-    for (int64_t k = k0; k < k1; k++)
-      grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
   }
 
-  void load_keys(int64_t k0, int keys) {
-    for (int j = 0; j < keys; j += kGradKeys) {
-      const int n = std::min(kGradKeys, keys - j);
-      T *k = k_ + j * dp_, *v = v_ + j * dvp_;
-      for (int r = 0; r < n; r++) {
-        copy_row<T>(in_.k.at<T>(b_, hk_, k0 + j + r), in_.D, dp_, splat<T>(1), k + r * dp_);
-        copy_row<T>(in_.v.at<T>(b_, hk_, k0 + j + r), in_.Dv, dvp_, splat<T>(1), v + r * dvp_);
-      }
-      keys_finite_[j / kGradKeys] = all_finite<T>(k, dp_, static_cast<int>(dp_), n) &&
-                                    all_finite<T>(v, dvp_, static_cast<int>(dvp_), n);
+  // Packs a key tile when the chunk's first pair of it is seen, and clears its gradients.
+  void load_keys(int64_t k0, int keys, int64_t row) {
+    const int tile = static_cast<int>(row / kGradKeys);
+    if (loaded_ >> tile & 1) return;
+    loaded_ |= 1u << tile;
+    T *k = k_ + row * dp_, *v = v_ + row * dvp_;
+    for (int r = 0; r < keys; r++) {
+      copy_row<T>(in_.k.at<T>(b_, hk_, k0 + r), in_.D, dp_, splat<T>(1), k + r * dp_);
+      copy_row<T>(in_.v.at<T>(b_, hk_, k0 + r), in_.Dv, dvp_, splat<T>(1), v + r * dvp_);
     }
-    std::memset(dk_, 0, sizeof(T) * static_cast<size_t>(keys * dp_));
-    std::memset(dv_, 0, sizeof(T) * static_cast<size_t>(keys * dvp_));
-    std::memset(dbias_keys_, 0, sizeof(T) * static_cast<size_t>(keys));
+    keys_finite_[tile] = all_finite<T>(k, dp_, static_cast<int>(dp_), keys) &&
+                         all_finite<T>(v, dvp_, static_cast<int>(dvp_), keys);
+    std::memset(dk_ + row * dp_, 0, sizeof(T) * static_cast<size_t>(keys * dp_));
+    std::memset(dv_ + row * dvp_, 0, sizeof(T) * static_cast<size_t>(keys * dvp_));
+    std::memset(dbias_keys_ + row, 0, sizeof(T) * static_cast<size_t>(keys));
   }
 
   // Keys [k0, k0 + keys), which stand at `row` of the chunk.
@@ -330,6 +331,7 @@ class VjpBody {
     Segment segments[kGradPanels][kGradSteps];
     int counts[kGradPanels];
     if (!look(t, k0, keys, segments, counts)) return;
+    load_keys(k0, keys, row);
     const T *k = k_ + row * dp_, *v = v_ + row * dvp_;
     for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, keys, k, v, segments[p], counts[p]);
     if (schedule_.bias != BiasGradient::kNone) add_bias(t, k0, keys, row);
@@ -558,6 +560,7 @@ class VjpBody {
   const Logits<T>* logits_ = nullptr;
   int64_t dp_, dvp_, b_ = 0, h_ = 0, hk_ = 0;
   int count_ = 0;
+  uint32_t loaded_ = 0;  // key tiles of the chunk that some query sees
   bool keys_finite_[kGradChunk / kGradKeys] = {}, whole_ = true;
   QueryTile<T>* tiles_ = nullptr;
   T *k_ = nullptr, *v_ = nullptr, *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr,

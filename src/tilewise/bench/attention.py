@@ -139,7 +139,7 @@ class Timing:
     errors: dict[str, float]
 
 
-class CaseFailed(RuntimeError):  # noqa: N818
+class CaseFailed(RuntimeError):
     """A case that gave no figures; the text says why."""
 
 

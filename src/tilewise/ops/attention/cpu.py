@@ -70,11 +70,12 @@ def vjp(call: AttentionCall, cotangents: CotangentCall) -> AttentionGrads:
 
 def _options(call: AttentionCall) -> dict[str, Any]:
     mask, slopes = call.mask, call.alibi_slopes
-    packed = isinstance(mask, PackedBits)
+    intervals = mask if isinstance(mask, RowIntervals) else None
+    packed = mask if isinstance(mask, PackedBits) else None
     return {
-        "mask_rows": mask.rows if isinstance(mask, RowIntervals) else None,
-        "mask_bits": mask.bits if packed else None,
-        "mask_tiles": mask.tiles if packed else None,
+        "mask_rows": None if intervals is None else intervals.rows,
+        "mask_bits": None if packed is None else packed.bits,
+        "mask_tiles": None if packed is None else packed.tiles,
         "bias": call.bias,
         "slopes": None if slopes is None else np.broadcast_to(slopes, (call.B, call.H)),
         "sinks": call.sinks,
