@@ -126,6 +126,7 @@ class ForwardBody {
     now_ = &states_[0];
     total_ = &states_[1];
     first_ = true;
+    touched_ = -1;
     now_->clear(used_, static_cast<int>(in_.Dv));
     mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
     walk(mask, in_.Nk, *this);
@@ -138,6 +139,13 @@ class ForwardBody {
     const T* q = q_ + int64_t{p} * in_.D * kPanel;
     const int depth = static_cast<int>(in_.D);
     for (int i = 0; i < kPanel; i += kWidth<T>) store(top_ + i, minus_infinity<T>());
+    // Values are read in columns, of rows far apart: a new tile comes in while its keys are worked
+    // on.
+    if (k0 != touched_) {
+      touched_ = k0;
+      touch_rows(in_.v.at<T>(b_, hk_, k0), in_.v.row, static_cast<int>(in_.Dv),
+                 segments[count - 1].jb);
+    }
     for (int i = 0; i < count; i++) {
       if (!logits_->plain)
         scores<T>(k, in_.k.row, q, depth, StoreScores<T>{s_}, segments[i]);
@@ -236,6 +244,7 @@ class ForwardBody {
   int panels_, used_ = 0, rows_ = 0;
   int64_t b_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;
+  int64_t touched_ = -1;
   T *q_ = nullptr, *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr;
   States<T> states_[2] = {}, *now_ = nullptr, *total_ = nullptr;
 };

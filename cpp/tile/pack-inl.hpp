@@ -11,6 +11,13 @@ constexpr int kPanel = kPanelGroups * kGroup;
 template <class T>
 constexpr int kPanelVecs = kPanel / kWidth<T>;
 
+// Asks for rows in the order of memory.
+template <class T>
+TW_INLINE void touch_rows(const T* x, int64_t ld, int columns, int rows) {
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < columns; c += 64 / static_cast<int>(sizeof(T))) prefetch(x + r * ld + c);
+}
+
 // One register of lanes: rows 0..last of x, the last repeated.
 template <class T>
 TW_INLINE void pack_register(const T* x, int64_t ld, int columns, int last, Vec<T> mul, T* out) {
