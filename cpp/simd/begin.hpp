@@ -4,10 +4,8 @@
 #if defined(TILEWISE_TARGET_AVX512)
 #define TILEWISE_NS avx512
 #if defined(__clang__)
-#pragma clang attribute push(                                                            \
-    __attribute__((                                                                      \
-        target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), \
-    apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
