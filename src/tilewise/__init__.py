@@ -95,16 +95,16 @@ def set_num_threads(count: int) -> None:
     """Set the number of threads that the compiled implementation uses; results do not change.
 
     Args:
-        count: At least 1.
+        count: From 1 to 1024.
 
     Raises:
         TypeError: Not an integer.
-        ValueError: Less than 1.
+        ValueError: Outside that range.
     """
     if isinstance(count, bool) or not isinstance(count, int):
         raise type_error("set_num_threads", "count", "be an integer", type(count).__name__)
-    if count < 1:
-        raise value_error("set_num_threads", "count", "be at least 1", count)
+    if not 1 <= count <= 1024:
+        raise value_error("set_num_threads", "count", "be from 1 to 1024", count)
     import_module("tilewise._core").set_num_threads(count)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,23 +76,25 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """One real number of an operator, finite and bounded below."""
+    """One real number of an operator and the closed range in which it is computed safely."""
 
     name: str
     low: float
-    low_allowed: bool
+    high: float
     doc: str
+
+    @property
+    def requirement(self) -> str:
+        """Return what a value must be, as errors and documents say it."""
+        return f"be from {self.low:g} to {self.high:g}"
 
     def check(self, operator: str, value: object) -> float:
         """Return the number as a float, or raise."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise type_error(operator, self.name, "be a real number", type(value).__name__)
         number = float(value)
-        above = number >= self.low if self.low_allowed else number > self.low
-        if not (above and math.isfinite(number)):
-            sign = ">=" if self.low_allowed else ">"
-            requirement = f"be finite and {sign} {self.low:g}"
-            raise value_error(operator, self.name, requirement, f"{number:g}")
+        if not self.low <= number <= self.high:
+            raise value_error(operator, self.name, self.requirement, f"{number:g}")
         return number
 
 

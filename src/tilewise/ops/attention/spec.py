@@ -69,10 +69,11 @@ LOG_SUM = Argument("stats.log_l", (_ROWS,), "logarithm of the row sum")
 ARRAYS = (QUERY, KEY, VALUE, BIAS, SLOPES, SINKS)
 COTANGENTS = (OUTPUT_COTANGENT, OUTPUT, LSE_COTANGENT, LSE, MAXIMUM, LOG_SUM)
 
+# Inside these ranges scale / softcap and what is computed from it stay normal numbers in float32.
 SOFTCAP = Number(
-    "softcap", 0.0, False, "c: a logit x becomes c tanh(x / c), before the bias and the mask"
+    "softcap", 1e-15, 1e15, "c: a logit x becomes c tanh(x / c), before the bias and the mask"
 )
-SCALE = Number("softmax_scale", 0.0, True, "factor of q k; D ** -0.5 by default")
+SCALE = Number("softmax_scale", 0.0, 1e15, "factor of q k; D ** -0.5 by default")
 
 _BINDS = {
     letter: argument.name
@@ -333,7 +334,7 @@ def arguments_table() -> str:
         for argument in ARRAYS
     ]
     rows += [
-        (number.name, "number", f"{'>=' if number.low_allowed else '>'} {number.low:g}", number.doc)
+        (number.name, "number", f"{number.low:g} to {number.high:g}", number.doc)
         for number in (SOFTCAP, SCALE)
     ]
     rows.append(("mask", "Mask or boolean array", "broadcasts to (B, H, N, Nk)", "who sees whom"))
