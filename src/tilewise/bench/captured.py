@@ -105,6 +105,8 @@ def _read(path: Path, handle: BinaryIO) -> tuple[dict[str, Array], str]:
 
 def _one_line(error: BaseException) -> str:
     text = str(error) or type(error).__name__
+    if "pickle" in text:  # NumPy proposes to load it unsafely, which is not on offer here
+        return "it holds Python objects, or is not an npz file at all"
     return text.splitlines()[0].rstrip(". ")
 
 
