@@ -130,6 +130,32 @@ class AttentionGrads(NamedTuple):
     dsinks: NDArray[Any] | None = None
 
 
+class OutputTangents(NamedTuple):
+    """Tangents of what a forward pass returns.
+
+    Attributes:
+        to: `(B, H, N, Dv)`, or `(B, N, H, Dv)` with `layout="bnhd"`; dtype of q. Tangent of o.
+        tlse: `(B, H, N)`, dtype of q. Tangent of lse; 0 for a row without keys and sink.
+    """
+
+    to: NDArray[Any]
+    tlse: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """Of which inputs a backward pass computes the gradient; the others are None."""
+
+    q: bool = True
+    k: bool = True
+    v: bool = True
+    bias: bool = True
+    sinks: bool = True
+
+
+ALL_NEEDED = Needed()
+
+
 @dataclass(frozen=True, slots=True)
 class Want:
     """Which statistics a forward pass returns besides `o` and the row statistics."""
@@ -184,6 +210,8 @@ class AttentionCall:
     D: int
     Dv: int
     dtype: FloatDType
+    dropout_p: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +219,58 @@ class CotangentCall:
     """Validated cotangents of a call, with the results of its forward pass.
 
     Attributes:
-        do: `(B, H, N, Dv)` view in either layout.
+        do: `(B, H, N, Dv)` view in either layout, or None for zero.
         dlse: `(B, H, N)`, or None for zero.
         o: `(B, H, N, Dv)` view in either layout.
         stats: Row statistics.
     """
 
-    do: NDArray[Any]
+    do: NDArray[Any] | None
     dlse: NDArray[Any] | None
     o: NDArray[Any]
     stats: RowStats
+
+
+@dataclass(frozen=True, slots=True)
+class TangentCall:
+    """Validated tangents of the inputs of a call; None is zero and costs nothing.
+
+    Attributes:
+        tq: `(B, H, N, D)` view in either layout, as are the next two.
+        tk: `(B, Hk, Nk, D)`.
+        tv: `(B, Hk, Nk, Dv)`.
+        tbias: 4-D, the shape of the call's bias.
+        tsinks: `(H,)`.
+        o: `(B, H, N, Dv)` view in either layout: output of the forward pass.
+        stats: Row statistics of the forward pass.
+    """
+
+    tq: NDArray[Any] | None
+    tk: NDArray[Any] | None
+    tv: NDArray[Any] | None
+    tbias: NDArray[Any] | None
+    tsinks: NDArray[Any] | None
+    o: NDArray[Any]
+    stats: RowStats
+
+
+@dataclass(frozen=True, slots=True)
+class SecondCall:
+    """What the JVP of a VJP takes: cotangents, tangents of the inputs and of the cotangents.
+
+    Attributes:
+        cotangents: Cotangents of the call.
+        tangents: Tangents of its inputs, with the same `o` and statistics.
+        tdo: `(B, H, N, Dv)` view in either layout: tangent of do, or None for zero.
+        tdlse: `(B, H, N)`: tangent of dlse, or None for zero.
+        outputs: `jvp(call, tangents)` where it is known already, or None.
+    """
+
+    cotangents: CotangentCall
+    tangents: TangentCall
+    tdo: NDArray[Any] | None
+    tdlse: NDArray[Any] | None
+    outputs: OutputTangents | None
 
 
 def prepare(
