@@ -2,6 +2,8 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
+#include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -74,10 +76,17 @@ View4 broadcast(const A& x, const char* name, nb::dlpack::dtype dtype,
   return {x.data(), stride[0], stride[1], stride[2], stride[3]};
 }
 
+template <class A>
+View4 maybe_rows(const Maybe<A>& x, const char* name, nb::dlpack::dtype dtype,
+                 std::initializer_list<int64_t> shape) {
+  return x ? rows(*x, name, dtype, shape) : View4{};
+}
+
 struct Arguments {
   In q, k, v;
   Maybe<In> mask_rows, mask_bits, mask_tiles, bias, slopes, sinks;
-  double softmax_scale, softcap;
+  double softmax_scale, softcap, dropout_p;
+  uint64_t seed;
 
   AttentionInputs inputs() const {
     if (q.ndim() != 4 || k.ndim() != 4 || v.ndim() != 4)
@@ -107,6 +116,7 @@ struct Arguments {
     }
     in.softmax_scale = softmax_scale;
     in.softcap = softcap;
+    in.dropout = dropout();
     in.mask = mask(in);
     return in;
   }
@@ -126,6 +136,16 @@ struct Arguments {
     *head = x.shape(1) == 1 ? 0 : n0 * n1;
     return static_cast<const T*>(x.data());
   }
+  DropoutOptions dropout() const {
+    if (!(dropout_p >= 0 && dropout_p <= 1))
+      throw std::invalid_argument("attention: dropout_p must be from 0 to 1");
+    DropoutOptions d;
+    d.on = dropout_p > 0;
+    d.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 0x1p32 - 1));
+    d.kept = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
+    d.seed = seed;
+    return d;
+  }
   MaskView mask(const AttentionInputs& in) const {
     MaskView view;
     const int64_t words = (in.N + 15) / 16;
@@ -139,13 +159,80 @@ struct Arguments {
   }
 };
 
+// The types and names of the options that all functions take last.
+#define TW_OPTIONS                                                                               \
+  Maybe<In> mask_rows, Maybe<In> mask_bits, Maybe<In> mask_tiles, Maybe<In> bias,                \
+      Maybe<In> slopes, Maybe<In> sinks, double softmax_scale, double softcap, double dropout_p, \
+      uint64_t seed
+#define TW_ARGUMENTS                                                                        \
+  Arguments {                                                                               \
+    q, k, v, mask_rows, mask_bits, mask_tiles, bias, slopes, sinks, softmax_scale, softcap, \
+        dropout_p, seed                                                                     \
+  }
+#define TW_OPTION_NAMES                                                                   \
+  nb::arg("mask_rows").none(), nb::arg("mask_bits").none(), nb::arg("mask_tiles").none(), \
+      nb::arg("bias").none(), nb::arg("slopes").none(), nb::arg("sinks").none(),          \
+      nb::arg("softmax_scale"), nb::arg("softcap"), nb::arg("dropout_p") = 0.0,           \
+                                                    nb::arg("seed") = uint64_t{0}
+
+// Calls `run` with the functions for the dtype of q, without the interpreter's lock.
+template <class Run>
+void with_functions(const In& q, const Run& run) {
+  const AttentionKernels& kernels = attention_kernels();
+  const bool single = q.dtype() == nb::dtype<float>();
+  nb::gil_scoped_release released;
+  if (single)
+    run(kernels.f32);
+  else
+    run(kernels.f64);
+}
+
+AttentionSaved saved_of(const AttentionInputs& in, const In& q, const In& o, const In& m,
+                        const In& log_l) {
+  AttentionSaved saved;
+  saved.o = rows(o, "o", q.dtype(), {in.B, in.H, in.N, in.Dv});
+  saved.m = values(Maybe<In>(m), "m", q.dtype(), {in.B, in.H, in.N});
+  saved.log_l = values(Maybe<In>(log_l), "log_l", q.dtype(), {in.B, in.H, in.N});
+  return saved;
+}
+
+AttentionTangents tangents_of(const AttentionInputs& in, const In& q, const Maybe<In>& tq,
+                              const Maybe<In>& tk, const Maybe<In>& tv, const Maybe<In>& tbias,
+                              const Maybe<In>& tsinks) {
+  AttentionTangents t;
+  t.tq = maybe_rows(tq, "tq", q.dtype(), {in.B, in.H, in.N, in.D});
+  t.tk = maybe_rows(tk, "tk", q.dtype(), {in.B, in.Hk, in.Nk, in.D});
+  t.tv = maybe_rows(tv, "tv", q.dtype(), {in.B, in.Hk, in.Nk, in.Dv});
+  if (tbias) t.tbias = broadcast(*tbias, "tbias", q.dtype(), {in.B, in.H, in.N, in.Nk});
+  if (tsinks && !in.sinks) throw std::invalid_argument("attention: tsinks needs sinks");
+  t.tsinks = values(tsinks, "tsinks", q.dtype(), {in.H});
+  return t;
+}
+
+AttentionGradients gradients_of(const AttentionInputs& in, const In& q, const Maybe<Out>& dq,
+                                const Maybe<Out>& dk, const Maybe<Out>& dv, const Maybe<Out>& dbias,
+                                const Maybe<Out>& dsinks) {
+  AttentionGradients grads;
+  grads.dq = maybe_rows(dq, "dq", q.dtype(), {in.B, in.H, in.N, in.D});
+  grads.dk = maybe_rows(dk, "dk", q.dtype(), {in.B, in.Hk, in.Nk, in.D});
+  grads.dv = maybe_rows(dv, "dv", q.dtype(), {in.B, in.Hk, in.Nk, in.Dv});
+  if (dbias) grads.dbias = broadcast(*dbias, "dbias", q.dtype(), {in.B, in.H, in.N, in.Nk});
+  if (dsinks && !in.sinks) throw std::invalid_argument("attention: dsinks needs sinks");
+  grads.dsinks = values(dsinks, "dsinks", q.dtype(), {in.H});
+  return grads;
+}
+
+AttentionCotangents cotangents_of(const AttentionInputs& in, const In& q, const In& d_o,
+                                  const Maybe<In>& dlse) {
+  AttentionCotangents ct;
+  ct.d_o = rows(d_o, "do", q.dtype(), {in.B, in.H, in.N, in.Dv});
+  ct.dlse = values(dlse, "dlse", q.dtype(), {in.B, in.H, in.N});
+  return ct;
+}
+
 void forward(In q, In k, In v, Out o, Maybe<Out> m, Maybe<Out> log_l, Maybe<Out> lse,
-             Maybe<Out> max_logit, Maybe<Out> entropy, Maybe<In> mask_rows, Maybe<In> mask_bits,
-             Maybe<In> mask_tiles, Maybe<In> bias, Maybe<In> slopes, Maybe<In> sinks,
-             double softmax_scale, double softcap) {
-  const Arguments args{q,    k,      v,     mask_rows,     mask_bits, mask_tiles,
-                       bias, slopes, sinks, softmax_scale, softcap};
-  const AttentionInputs in = args.inputs();
+             Maybe<Out> max_logit, Maybe<Out> entropy, TW_OPTIONS) {
+  const AttentionInputs in = TW_ARGUMENTS.inputs();
   const auto dtype = q.dtype();
   AttentionResults out;
   out.o = rows(o, "o", dtype, {in.B, in.H, in.N, in.Dv});
@@ -154,35 +241,45 @@ void forward(In q, In k, In v, Out o, Maybe<Out> m, Maybe<Out> log_l, Maybe<Out>
   out.lse = values(lse, "lse", dtype, {in.B, in.H, in.N});
   out.max_logit = values(max_logit, "max_logit", dtype, {in.B, in.H, in.N});
   out.entropy = values(entropy, "entropy", dtype, {in.B, in.H, in.N});
-  const AttentionKernels& kernels = attention_kernels();
-  nb::gil_scoped_release released;
-  (dtype == nb::dtype<float>() ? kernels.forward_f32 : kernels.forward_f64)(in, out);
+  with_functions(q, [&](const auto& f) { f.forward(in, out); });
 }
 
-void vjp(In q, In k, In v, In d_o, In o, In m, In log_l, Maybe<In> dlse, Out dq, Out dk, Out dv,
-         Maybe<Out> dbias, Maybe<Out> dsinks, Maybe<In> mask_rows, Maybe<In> mask_bits,
-         Maybe<In> mask_tiles, Maybe<In> bias, Maybe<In> slopes, Maybe<In> sinks,
-         double softmax_scale, double softcap) {
-  const Arguments args{q,    k,      v,     mask_rows,     mask_bits, mask_tiles,
-                       bias, slopes, sinks, softmax_scale, softcap};
-  const AttentionInputs in = args.inputs();
-  const auto dtype = q.dtype();
-  AttentionCotangents ct;
-  ct.d_o = rows(d_o, "do", dtype, {in.B, in.H, in.N, in.Dv});
-  ct.o = rows(o, "o", dtype, {in.B, in.H, in.N, in.Dv});
-  ct.m = values(Maybe<In>(m), "m", dtype, {in.B, in.H, in.N});
-  ct.log_l = values(Maybe<In>(log_l), "log_l", dtype, {in.B, in.H, in.N});
-  ct.dlse = values(dlse, "dlse", dtype, {in.B, in.H, in.N});
-  AttentionGradients grads;
-  grads.dq = rows(dq, "dq", dtype, {in.B, in.H, in.N, in.D});
-  grads.dk = rows(dk, "dk", dtype, {in.B, in.Hk, in.Nk, in.D});
-  grads.dv = rows(dv, "dv", dtype, {in.B, in.Hk, in.Nk, in.Dv});
-  if (dbias) grads.dbias = broadcast(*dbias, "dbias", dtype, {in.B, in.H, in.N, in.Nk});
-  if (dsinks && !sinks) throw std::invalid_argument("attention: dsinks needs sinks");
-  grads.dsinks = values(dsinks, "dsinks", dtype, {in.H});
-  const AttentionKernels& kernels = attention_kernels();
-  nb::gil_scoped_release released;
-  (dtype == nb::dtype<float>() ? kernels.vjp_f32 : kernels.vjp_f64)(in, ct, grads);
+void jvp(In q, In k, In v, In o, In m, In log_l, Maybe<In> tq, Maybe<In> tk, Maybe<In> tv,
+         Maybe<In> tbias, Maybe<In> tsinks, Out to, Out tlse, TW_OPTIONS) {
+  const AttentionInputs in = TW_ARGUMENTS.inputs();
+  const AttentionSaved saved = saved_of(in, q, o, m, log_l);
+  const AttentionTangents tangents = tangents_of(in, q, tq, tk, tv, tbias, tsinks);
+  const AttentionOutputTangents out{
+      rows(to, "to", q.dtype(), {in.B, in.H, in.N, in.Dv}),
+      values(Maybe<Out>(tlse), "tlse", q.dtype(), {in.B, in.H, in.N})};
+  with_functions(q, [&](const auto& f) { f.jvp(in, saved, tangents, out); });
+}
+
+void vjp(In q, In k, In v, In d_o, In o, In m, In log_l, Maybe<In> dlse, Maybe<Out> dq,
+         Maybe<Out> dk, Maybe<Out> dv, Maybe<Out> dbias, Maybe<Out> dsinks, TW_OPTIONS) {
+  const AttentionInputs in = TW_ARGUMENTS.inputs();
+  const AttentionSaved saved = saved_of(in, q, o, m, log_l);
+  const AttentionCotangents ct = cotangents_of(in, q, d_o, dlse);
+  const AttentionGradients grads = gradients_of(in, q, dq, dk, dv, dbias, dsinks);
+  with_functions(q, [&](const auto& f) { f.vjp(in, saved, ct, nullptr, grads); });
+}
+
+void vjp_jvp(In q, In k, In v, In d_o, In o, In m, In log_l, Maybe<In> dlse, Maybe<In> tq,
+             Maybe<In> tk, Maybe<In> tv, Maybe<In> tbias, Maybe<In> tsinks, In to, In tlse,
+             Maybe<In> tdo, Maybe<In> tdlse, Maybe<Out> dq, Maybe<Out> dk, Maybe<Out> dv,
+             Maybe<Out> dbias, Maybe<Out> dsinks, TW_OPTIONS) {
+  const AttentionInputs in = TW_ARGUMENTS.inputs();
+  const AttentionSaved saved = saved_of(in, q, o, m, log_l);
+  const AttentionCotangents ct = cotangents_of(in, q, d_o, dlse);
+  AttentionSecond second;
+  second.inputs = tangents_of(in, q, tq, tk, tv, tbias, tsinks);
+  second.outputs.to = rows(to, "to", q.dtype(), {in.B, in.H, in.N, in.Dv});
+  second.outputs.tlse = const_cast<void*>(
+      static_cast<const void*>(values(Maybe<In>(tlse), "tlse", q.dtype(), {in.B, in.H, in.N})));
+  second.tdo = maybe_rows(tdo, "tdo", q.dtype(), {in.B, in.H, in.N, in.Dv});
+  second.tdlse = values(tdlse, "tdlse", q.dtype(), {in.B, in.H, in.N});
+  const AttentionGradients grads = gradients_of(in, q, dq, dk, dv, dbias, dsinks);
+  with_functions(q, [&](const auto& f) { f.vjp(in, saved, ct, &second, grads); });
 }
 
 }  // namespace
@@ -190,17 +287,24 @@ void vjp(In q, In k, In v, In d_o, In o, In m, In log_l, Maybe<In> dlse, Out dq,
 void bind_attention(nb::module_& m) {
   m.def("attention_forward", forward, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("o"),
         nb::kw_only(), nb::arg("m").none(), nb::arg("log_l").none(), nb::arg("lse").none(),
-        nb::arg("max_logit").none(), nb::arg("entropy").none(), nb::arg("mask_rows").none(),
-        nb::arg("mask_bits").none(), nb::arg("mask_tiles").none(), nb::arg("bias").none(),
-        nb::arg("slopes").none(), nb::arg("sinks").none(), nb::arg("softmax_scale"),
-        nb::arg("softcap"), "Write o and the row results that are given; softcap 0 is none.");
+        nb::arg("max_logit").none(), nb::arg("entropy").none(), TW_OPTION_NAMES,
+        "Write o and the row results that are given; softcap 0 is none.");
+  m.def("attention_jvp", jvp, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("o"), nb::arg("m"),
+        nb::arg("log_l"), nb::kw_only(), nb::arg("tq").none(), nb::arg("tk").none(),
+        nb::arg("tv").none(), nb::arg("tbias").none(), nb::arg("tsinks").none(), nb::arg("to"),
+        nb::arg("tlse"), TW_OPTION_NAMES, "Write to and tlse.");
   m.def("attention_vjp", vjp, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("do"), nb::arg("o"),
-        nb::arg("m"), nb::arg("log_l"), nb::kw_only(), nb::arg("dlse").none(), nb::arg("dq"),
-        nb::arg("dk"), nb::arg("dv"), nb::arg("dbias").none(), nb::arg("dsinks").none(),
-        nb::arg("mask_rows").none(), nb::arg("mask_bits").none(), nb::arg("mask_tiles").none(),
-        nb::arg("bias").none(), nb::arg("slopes").none(), nb::arg("sinks").none(),
-        nb::arg("softmax_scale"), nb::arg("softcap"),
-        "Write dq, dk, dv and what else is given; dbias must hold zeros.");
+        nb::arg("m"), nb::arg("log_l"), nb::kw_only(), nb::arg("dlse").none(), nb::arg("dq").none(),
+        nb::arg("dk").none(), nb::arg("dv").none(), nb::arg("dbias").none(),
+        nb::arg("dsinks").none(), TW_OPTION_NAMES,
+        "Write the gradients that are given; dbias must hold zeros.");
+  m.def("attention_vjp_jvp", vjp_jvp, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("do"),
+        nb::arg("o"), nb::arg("m"), nb::arg("log_l"), nb::kw_only(), nb::arg("dlse").none(),
+        nb::arg("tq").none(), nb::arg("tk").none(), nb::arg("tv").none(), nb::arg("tbias").none(),
+        nb::arg("tsinks").none(), nb::arg("to"), nb::arg("tlse"), nb::arg("tdo").none(),
+        nb::arg("tdlse").none(), nb::arg("dq").none(), nb::arg("dk").none(), nb::arg("dv").none(),
+        nb::arg("dbias").none(), nb::arg("dsinks").none(), TW_OPTION_NAMES,
+        "Write the tangents of the gradients that are given; dbias must hold zeros.");
 }
 
 }  // namespace tilewise

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/attention_decode-inl.hpp"
+#include "ops/attention_jvp-inl.hpp"
 #include "ops/attention_vjp-inl.hpp"
 #include "runtime/thread_pool.hpp"
 
@@ -33,9 +34,11 @@ Body& placed(Body& body) {
   return body;
 }
 
-template <class T>
-void forward_panels(const AttentionInputs& in, const AttentionResults& out) {
-  const int64_t panel_bytes = (in.D + 2 * in.Dv) * kPanel * static_cast<int64_t>(sizeof(T));
+// A body works on blocks of queries of one head; the blocks are dealt to the threads.
+template <class Body, class... Args>
+void by_query_blocks(const AttentionInputs& in, const Args&... args) {
+  using T = typename Body::Element;
+  const int64_t panel_bytes = Body::block_columns(in) * kPanel * static_cast<int64_t>(sizeof(T));
   const int64_t wanted = (in.N + kPanel - 1) / kPanel;
   int64_t panels = std::clamp<int64_t>(kBlockBytes / panel_bytes, 1,
                                        std::min<int64_t>(kMaxBlock / kPanel, wanted));
@@ -46,7 +49,7 @@ void forward_panels(const AttentionInputs& in, const AttentionResults& out) {
                 tasks = in.B * in.H * blocks;
   std::atomic<int64_t> next{0};
   run_parallel(static_cast<int>(std::min<int64_t>(all, tasks)), [&](int) {
-    ForwardBody<T> body(in, out, static_cast<int>(panels));
+    Body body(in, args..., static_cast<int>(panels));
     placed(body);
     MaskBlock mask;
     const FloatingPointMode mode;
@@ -86,7 +89,13 @@ void forward(const AttentionInputs& in, const AttentionResults& out) {
   if (in.N <= kDecodeQueries)
     forward_decode<T>(in, out);
   else
-    forward_panels<T>(in, out);
+    by_query_blocks<ForwardBody<T>>(in, out);
+}
+
+template <class T>
+void jvp(const AttentionInputs& in, const AttentionSaved& saved, const AttentionTangents& tangents,
+         const AttentionOutputTangents& out) {
+  if (in.B * in.H * in.N > 0) by_query_blocks<JvpBody<T>>(in, saved, tangents, out);
 }
 
 TW_INLINE BiasGradient bias_gradient(const View4& dbias) {
@@ -97,6 +106,7 @@ TW_INLINE BiasGradient bias_gradient(const View4& dbias) {
 
 template <class T>
 void clear_rows(const View4& x, int64_t B, int64_t H, int64_t rows, int64_t columns) {
+  if (!x) return;
   for (int64_t b = 0; b < B; b++)
     for (int64_t h = 0; h < H; h++)
       for (int64_t r = 0; r < rows; r++)
@@ -104,17 +114,19 @@ void clear_rows(const View4& x, int64_t B, int64_t H, int64_t rows, int64_t colu
 }
 
 template <class T>
-void vjp(const AttentionInputs& in, const AttentionCotangents& ct, const AttentionGradients& grads);
+void vjp(const AttentionInputs& in, const AttentionSaved& saved, const AttentionCotangents& ct,
+         const AttentionSecond* second, const AttentionGradients& grads);
 
 // A bias that is one number a head: its gradient by key, then the sum over keys in ascending order.
 template <class T>
-void vjp_over_both(const AttentionInputs& in, const AttentionCotangents& ct,
+void vjp_over_both(const AttentionInputs& in, const AttentionSaved& saved,
+                   const AttentionCotangents& ct, const AttentionSecond* second,
                    AttentionGradients grads) {
   const View4 to = grads.dbias;
   const int64_t batches = to.batch ? in.B : 1, heads = to.head ? in.H : 1;
   std::vector<T> by_key(static_cast<size_t>(batches * heads * in.Nk));
   grads.dbias = {by_key.data(), to.batch ? heads * in.Nk : 0, to.head ? in.Nk : 0, 0, 1};
-  vjp<T>(in, ct, grads);
+  vjp<T>(in, saved, ct, second, grads);
   const FloatingPointMode mode;
   for (int64_t b = 0; b < batches; b++)
     for (int64_t h = 0; h < heads; h++)
@@ -123,11 +135,11 @@ void vjp_over_both(const AttentionInputs& in, const AttentionCotangents& ct,
 }
 
 template <class T>
-void vjp(const AttentionInputs& in, const AttentionCotangents& ct,
-         const AttentionGradients& grads) {
+void vjp(const AttentionInputs& in, const AttentionSaved& saved, const AttentionCotangents& ct,
+         const AttentionSecond* second, const AttentionGradients& grads) {
   if (in.B * in.Hk == 0) return;
   if (bias_gradient(grads.dbias) == BiasGradient::kOverBoth && in.Nk > 1)
-    return vjp_over_both<T>(in, ct, grads);
+    return vjp_over_both<T>(in, saved, ct, second, grads);
   if (in.N == 0) {
     clear_rows<T>(grads.dk, in.B, in.Hk, in.Nk, in.D);
     clear_rows<T>(grads.dv, in.B, in.Hk, in.Nk, in.Dv);
@@ -147,12 +159,13 @@ void vjp(const AttentionInputs& in, const AttentionCotangents& ct,
   schedule.unit_batches = unit_batches;
   schedule.unit_groups = unit_groups;
   schedule.query_chunks = query_chunks;
+  const bool pairs = grads.dq || grads.dk || grads.dv || grads.dbias;
   std::atomic<int64_t> next_head{0};
   run_parallel(threads, [&](int) {
-    VjpBody<T> body(in, ct, grads, schedule);
+    VjpBody<T> body(in, saved, ct, second, grads, schedule);
     placed(body);
     const FloatingPointMode mode;
-    for (int64_t unit, step; schedule.take(&unit, &step);) body.run(unit, step);
+    for (int64_t unit, step; pairs && schedule.take(&unit, &step);) body.run(unit, step);
     if (grads.dsinks)
       for (int64_t h; (h = next_head.fetch_add(1)) < in.H;) body.sink_gradient(h);
   });
@@ -179,8 +192,10 @@ TW_NOINLINE double fma_peak(double seconds) {
 }
 
 inline const AttentionKernels* kernels() {
-  static const AttentionKernels table{forward<float>, forward<double>, vjp<float>,
-                                      vjp<double>,    fma_peak<float>, fma_peak<double>};
+  static const AttentionKernels table{{forward<float>, jvp<float>, vjp<float>},
+                                      {forward<double>, jvp<double>, vjp<double>},
+                                      fma_peak<float>,
+                                      fma_peak<double>};
   return &table;
 }
 

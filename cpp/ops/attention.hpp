@@ -1,5 +1,5 @@
-// Attention on the CPU: forward and VJP for float32 and float64. Plain C++; what the arguments mean
-// is docs/ops/attention.md.
+// Attention on the CPU: forward, VJP, JVP and the JVP of the VJP for float32 and float64. Plain
+// C++; what the arguments mean is docs/ops/attention.md.
 #pragma once
 #include <cstdint>
 
@@ -17,6 +17,14 @@ struct MaskView {
   int64_t tile_batch = 0, tile_head = 0;
 };
 
+// A probability is dropped where its random word is below the threshold, else multiplied by `kept`.
+struct DropoutOptions {
+  bool on = false;
+  uint32_t threshold = 0;
+  double kept = 1;
+  uint64_t seed = 0;
+};
+
 struct AttentionInputs {
   int64_t B = 0, H = 0, Hk = 0, N = 0, Nk = 0, D = 0, Dv = 0;
   View4 q, k, v;
@@ -25,6 +33,7 @@ struct AttentionInputs {
   View4 slopes;                           // (B, H): batch and head strides
   View4 sinks;                            // (H): head stride
   double softmax_scale = 1, softcap = 0;  // softcap 0: none
+  DropoutOptions dropout;
 };
 
 // Row results are contiguous (B, H, N); null where not wanted. m is in base 2.
@@ -33,23 +42,56 @@ struct AttentionResults {
   void *m = nullptr, *log_l = nullptr, *lse = nullptr, *max_logit = nullptr, *entropy = nullptr;
 };
 
-struct AttentionCotangents {
-  View4 d_o, o;
-  const void *m = nullptr, *log_l = nullptr, *dlse = nullptr;  // (B, H, N)
+// What a forward pass left for its derivatives. Row values are contiguous (B, H, N).
+struct AttentionSaved {
+  View4 o;
+  const void *m = nullptr, *log_l = nullptr;
 };
 
-struct AttentionGradients {
-  View4 dq, dk, dv;        // uninitialised
-  View4 dbias;             // zeroed by the caller; strides 0 along dims that are summed over
-  void* dsinks = nullptr;  // (H)
+struct AttentionCotangents {
+  View4 d_o;
+  const void* dlse = nullptr;  // (B, H, N); null for zero
+};
+
+struct AttentionGradients {  // null where not wanted
+  View4 dq, dk, dv;          // uninitialised
+  View4 dbias;               // zeroed by the caller; strides 0 along dims that are summed over
+  void* dsinks = nullptr;    // (H)
+};
+
+struct AttentionTangents {  // null for zero
+  View4 tq, tk, tv;
+  View4 tbias;                   // strides as those of the bias
+  const void* tsinks = nullptr;  // (H)
+};
+
+struct AttentionOutputTangents {
+  View4 to;
+  void* tlse = nullptr;  // (B, H, N)
+};
+
+// What the JVP of the VJP takes besides: tangents of the inputs, of the outputs, and of the
+// cotangents (null for zero).
+struct AttentionSecond {
+  AttentionTangents inputs;
+  AttentionOutputTangents outputs;
+  View4 tdo;
+  const void* tdlse = nullptr;  // (B, H, N)
 };
 
 // One target's functions. They throw std::bad_alloc; nothing is promised of the outputs then.
+template <class T>
+struct AttentionFunctions {
+  void (*forward)(const AttentionInputs&, const AttentionResults&);
+  void (*jvp)(const AttentionInputs&, const AttentionSaved&, const AttentionTangents&,
+              const AttentionOutputTangents&);
+  // the VJP; with `second` the JVP of the VJP, whose results are the tangents of the gradients
+  void (*vjp)(const AttentionInputs&, const AttentionSaved&, const AttentionCotangents&,
+              const AttentionSecond* second, const AttentionGradients&);
+};
 struct AttentionKernels {
-  void (*forward_f32)(const AttentionInputs&, const AttentionResults&);
-  void (*forward_f64)(const AttentionInputs&, const AttentionResults&);
-  void (*vjp_f32)(const AttentionInputs&, const AttentionCotangents&, const AttentionGradients&);
-  void (*vjp_f64)(const AttentionInputs&, const AttentionCotangents&, const AttentionGradients&);
+  AttentionFunctions<float> f32;
+  AttentionFunctions<double> f64;
   double (*fma_peak_f32)(double seconds);
   double (*fma_peak_f64)(double seconds);
 };

@@ -266,6 +266,7 @@ class DecodeBody {
           s[j] = -std::numeric_limits<T>::infinity();
       alpha[g] = weights(s, x_ + g * kTileKeys, begin, end, m_of(state) + r + g,
                          l_of(state) + r + g, e_of(state) + r + g);
+      if (in_.dropout.on) drop(h + (r + g) / in_.N, (r + g) % in_.N, k0, begin, end, s);
     }
     for (int begin = 0; begin < jb; begin += kChainKeys)
       chain<G>(begin, ja, jb, edge, k0, state + r * ldo_, alpha);
@@ -339,12 +340,19 @@ class DecodeBody {
     if (logits.bias)
       for (int j = begin; j < end; j++)
         added[j] =
-            j < keys ? logits.bias[row * logits.bias_row + (k0 + j) * logits.bias_column] : T{0};
+            j < keys ? logits.bias.at[row * logits.bias.row + (k0 + j) * logits.bias.column] : T{0};
     const Vec<T> pos = splat<T>(static_cast<double>(row + logits.offset - k0));
     for (int j = begin; j < end; j += kWidth<T>) {
       const Vec<T> x = logits.bias ? load(added + j) : zero<T>();
       store(s + j, logits(load(s + j), abs(pos - load(iota + j)), x, nullptr));
     }
+  }
+
+  void drop(int64_t h, int64_t row, int64_t k0, int begin, int end, T* s) const {
+    alignas(64) T factors[kTileKeys];
+    Dropout<T>(in_, b_, h).row(row, k0 + begin, end - begin, factors);
+    for (int j = begin; j < end; j += kWidth<T>)
+      store(s + j, load(s + j) * load(factors + j - begin));
   }
 
   // Weights in place of s; x is scratch. Updates the row's state and returns the rescaling of o.

@@ -94,6 +94,9 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
 template <class T>
 class ForwardBody {
  public:
+  using Element = T;
+  static int64_t block_columns(const AttentionInputs& in) { return in.D + 2 * in.Dv; }
+
   ForwardBody(const AttentionInputs& in, const AttentionResults& out, int max_panels)
       : in_(in), out_(out), panels_(max_panels) {}
 
@@ -119,6 +122,8 @@ class ForwardBody {
     rows_ = rows;
     const Logits<T> logits(in_, b, h);
     logits_ = &logits;
+    const Dropout<T> dropout(in_, b, h);
+    dropout_ = &dropout;
     used_ = (rows + kPanel - 1) / kPanel;
     for (int g = 0; g * kGroup < rows; g++)
       pack_lanes<T>(in_.q.at<T>(b, h, q0 + g * kGroup), in_.q.row, static_cast<int>(in_.D),
@@ -158,6 +163,7 @@ class ForwardBody {
     const int at = p * kPanel;
     auto weights = out_.entropy ? weights_panel<T, true> : weights_panel<T, false>;
     weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_);
+    if (dropout_->on) dropout_->apply(segments, count, q0_ + at, k0, s_, nullptr);
     weighted_sum<T>(in_.v.at<T>(b_, hk_, k0), in_.v.row, static_cast<int>(in_.Dv), s_, words,
                     segments, count, now_->o + at * in_.Dv, alpha_);
   }
@@ -203,7 +209,7 @@ class ForwardBody {
     const int64_t q = q0_ + int64_t{p} * kPanel;
     const int rows = std::min(kPanel, rows_ - p * kPanel);
     for (int i = 0; i < count; i++) {
-      if (logits_->bias) logits_->bias_panel(q, rows, k0, segments[i].ja, segments[i].jb, bias_);
+      if (logits_->bias) logits_->bias.panel(q, rows, k0, segments[i].ja, segments[i].jb, bias_);
       options_panel(*logits_, logits_->bias ? bias_ : nullptr, s_, top_, segments[i], words,
                     q + logits_->offset - k0);
     }
@@ -241,6 +247,7 @@ class ForwardBody {
   const AttentionInputs& in_;
   const AttentionResults& out_;
   const Logits<T>* logits_ = nullptr;
+  const Dropout<T>* dropout_ = nullptr;
   int panels_, used_ = 0, rows_ = 0;
   int64_t b_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;

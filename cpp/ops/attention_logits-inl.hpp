@@ -3,29 +3,52 @@
 #include <cmath>
 #include <cstring>
 
-#include "ops/walk-inl.hpp"
+#include "ops/dropout-inl.hpp"
 
 #include "simd/begin.hpp"
+
+// One head of the bias or of its tangent, at query 0 and key 0.
+template <class T>
+struct BiasHead {
+  const T* at = nullptr;
+  int64_t row = 0, column = 0;
+
+  BiasHead(const View4& x, int64_t b, int64_t h)
+      : at(x ? x.at<T>(b, h) : nullptr), row(x.row), column(x.column) {}
+  explicit operator bool() const { return at != nullptr; }
+
+  // out[j * kPanel + lane] = entry of query q0 + lane and key k0 + j, for keys [ja, jb) and `rows`
+  // lanes (the last repeated)
+  void panel(int64_t q0, int rows, int64_t k0, int ja, int jb, T* out) const {
+    for (int g = 0; g * kGroup < rows; g++) {
+      const int n = std::min(kGroup, rows - g * kGroup);
+      const T* p = at + (q0 + g * kGroup) * row + (k0 + ja) * column;
+      T* to = out + int64_t{ja} * kPanel + g * kGroup;
+      if (column == 1) {
+        pack_lanes<T>(p, row, jb - ja, n, T{1}, to);
+      } else {
+        for (int j = 0; j < jb - ja; j++)
+          for (int i = 0; i < kGroup; i++)
+            to[j * kPanel + i] = p[std::min(i, n - 1) * row + j * column];
+      }
+    }
+  }
+};
 
 // The options of one head. Logits are in base 2: softcap, then ALiBi, then bias; masking comes
 // after.
 template <class T>
 struct Logits {
-  const T* bias = nullptr;  // at query 0, key 0
-  int64_t bias_row = 0, bias_column = 0;
-  T q_scale = 1, cap = 0, slope = 0;
+  BiasHead<T> bias;
+  T q_scale = 1, cap = 0, natural_cap = 0, slope = 0;
   bool softcap = false, alibi = false, plain = true;
   int64_t offset = 0;  // of a query's position among the keys
 
-  Logits(const AttentionInputs& in, int64_t b, int64_t h) {
+  Logits(const AttentionInputs& in, int64_t b, int64_t h) : bias(in.bias, b, h) {
     softcap = in.softcap > 0;
     q_scale = static_cast<T>(softcap ? in.softmax_scale / in.softcap : in.softmax_scale * kLog2e);
     cap = static_cast<T>(in.softcap * kLog2e);
-    if (in.bias) {
-      bias = in.bias.at<T>(b, h);
-      bias_row = in.bias.row;
-      bias_column = in.bias.column;
-    }
+    natural_cap = static_cast<T>(in.softcap);
     if (in.slopes) {
       alibi = true;
       slope = static_cast<T>(-static_cast<double>(*in.slopes.at<T>(b, h)) * kLog2e);
@@ -52,23 +75,6 @@ struct Logits {
                  max(set1(std::numeric_limits<T>::lowest()), x));
     }
     return s;
-  }
-
-  // out[j * kPanel + lane] = bias of query q0 + lane and key k0 + j, for keys [ja, jb) and `rows`
-  // lanes (the last repeated)
-  void bias_panel(int64_t q0, int rows, int64_t k0, int ja, int jb, T* out) const {
-    for (int g = 0; g * kGroup < rows; g++) {
-      const int n = std::min(kGroup, rows - g * kGroup);
-      const T* p = bias + (q0 + g * kGroup) * bias_row + (k0 + ja) * bias_column;
-      T* to = out + int64_t{ja} * kPanel + g * kGroup;
-      if (bias_column == 1) {
-        pack_lanes<T>(p, bias_row, jb - ja, n, T{1}, to);
-      } else {
-        for (int j = 0; j < jb - ja; j++)
-          for (int i = 0; i < kGroup; i++)
-            to[j * kPanel + i] = p[std::min(i, n - 1) * bias_row + j * bias_column];
-      }
-    }
   }
 };
 

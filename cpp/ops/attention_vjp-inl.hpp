@@ -1,22 +1,16 @@
-// The VJP body. Query tiles of kGradQueries against key tiles of kGradKeys; each product of a pair
-// of tiles is one chain from zero, then one addition. dq adds its tiles in ascending key order; dk
-// and dv add theirs inside a query chunk, and the chunks in ascending order under a ticket for each
-// key chunk, so neither threads nor loop order reach the bits.
+// The VJP body, and the JVP of the VJP. Query tiles of kGradQueries against key tiles of kGradKeys;
+// each product of a pair of tiles is one chain from zero, then one addition. dq adds its tiles in
+// ascending key order; dk and dv add theirs inside a query chunk, and the chunks in ascending order
+// under a ticket for each key chunk, so neither threads nor loop order reach the bits.
 #pragma once
-#include "ops/attention_logits-inl.hpp"
+#include "ops/attention_pairs-inl.hpp"
 #include "ops/vjp_schedule.hpp"
 #include "runtime/workspace.hpp"
 
 #include "simd/begin.hpp"
 
-constexpr int kGradQueries = 192;
-constexpr int kGradKeys = 96;
 constexpr int kGradChunk = 960;  // queries and keys of a chunk: 5 query tiles, 10 key tiles
-constexpr int kGradSteps = kGradKeys / kStep;
-constexpr int kGradGroups = kGradQueries / kGroup;
-constexpr int kGradPanels = kGradQueries / kPanel;
-static_assert(kGradChunk % kGradQueries == 0 && kGradChunk % kGradKeys == 0 &&
-              kGradQueries % kPanel == 0);
+static_assert(kGradChunk % kGradQueries == 0 && kGradChunk % kGradKeys == 0);
 
 // p = exp2((s - m) - log_l / ln 2), 0 where masked
 template <class T, bool EDGE>
@@ -72,27 +66,35 @@ struct StoreRaw {
   };
 };
 
-// A query tile: packed q and do, row statistics, masking, and dq as it grows.
+// A query tile: packed rows, row statistics, masking, and dq as it grows.
 template <class T>
 struct QueryTile {
   MaskBlock mask;
   int64_t q0;
   int rows;
   bool finite;
-  T *q_lanes, *do_lanes;  // [panel][column][kPanel], q scaled for the logits
-  T *q_rows, *do_rows;    // blocks of kGradWidth columns, q scaled for dk
-  T *dq, *m, *log2_l, *delta, *dbias;
+  // [panel][column][kPanel], q scaled for the logits
+  T *q_lanes, *do_lanes, *tq_lanes, *tdo_lanes;
+  // blocks of kGradWidth columns, q scaled for dk
+  T *q_rows, *do_rows, *tq_rows, *tdo_rows;
+  T *dq, *m, *log2_l, *delta, *mu, *tdelta, *dbias;
 };
 
 template <class T>
 class VjpBody {
  public:
-  VjpBody(const AttentionInputs& in, const AttentionCotangents& ct, const AttentionGradients& grads,
-          VjpSchedule& schedule)
+  VjpBody(const AttentionInputs& in, const AttentionSaved& saved, const AttentionCotangents& ct,
+          const AttentionSecond* second, const AttentionGradients& grads, VjpSchedule& schedule)
       : in_(in),
+        saved_(saved),
         ct_(ct),
+        second_(second),
+        t_(second ? second->inputs : kNoTangents),
         grads_(grads),
         schedule_(schedule),
+        products_move_(t_.tq || t_.tk),
+        logits_move_(products_move_ || t_.tbias || t_.tsinks),
+        logits_wanted_(grads.dq || grads.dk || grads.dbias),
         dp_(padded(in.D)),
         dvp_(padded(in.Dv)) {}
 
@@ -101,31 +103,40 @@ class VjpBody {
         std::min<int64_t>(kGradChunk, (in_.N + kGradQueries - 1) / kGradQueries * kGradQueries);
     const int64_t keys =
         std::min<int64_t>(kGradChunk, (in_.Nk + kGradKeys - 1) / kGradKeys * kGradKeys);
+    const bool tdo = second_ && second_->tdo;
     tiles_ = arena.take<QueryTile<T>>(queries / kGradQueries);
     for (int64_t t = 0; t < queries / kGradQueries; t++) {
-      QueryTile<T> tile;
+      QueryTile<T> unplaced, &tile = tiles_ ? tiles_[t] : unplaced;
       tile.q_lanes = arena.take<T>(kGradQueries * in_.D);
       tile.do_lanes = arena.take<T>(kGradQueries * in_.Dv);
       tile.q_rows = arena.take<T>(kGradQueries * (dp_ + kGradWidth<T>));
       tile.do_rows = arena.take<T>(kGradQueries * (dvp_ + kGradWidth<T>));
+      tile.tq_lanes = arena.take<T>(t_.tq ? kGradQueries * in_.D : 0);
+      tile.tq_rows = arena.take<T>(t_.tq ? kGradQueries * (dp_ + kGradWidth<T>) : 0);
+      tile.tdo_lanes = arena.take<T>(tdo ? kGradQueries * in_.Dv : 0);
+      tile.tdo_rows = arena.take<T>(tdo ? kGradQueries * (dvp_ + kGradWidth<T>) : 0);
       tile.dq = arena.take<T>(kGradQueries * dp_);
-      tile.m = arena.take<T>(kGradQueries);
-      tile.log2_l = arena.take<T>(kGradQueries);
-      tile.delta = arena.take<T>(kGradQueries);
-      tile.dbias = arena.take<T>(kGradQueries);
-      if (tiles_) place_tile(tiles_[t], tile);
+      for (T** row : {&tile.m, &tile.log2_l, &tile.delta, &tile.mu, &tile.tdelta, &tile.dbias})
+        *row = arena.take<T>(kGradQueries);
     }
     k_ = arena.take<T>(keys * dp_);
     v_ = arena.take<T>(keys * dvp_);
+    tk_ = arena.take<T>(t_.tk ? keys * dp_ : 0);
+    tv_ = arena.take<T>(t_.tv ? keys * dvp_ : 0);
     dk_ = arena.take<T>(keys * dp_);
     dv_ = arena.take<T>(keys * dvp_);
     dbias_keys_ = arena.take<T>(keys);
-    p_ = arena.take<T>(kGradKeys * kGradQueries);
-    ds_ = arena.take<T>(kGradKeys * kGradQueries);
-    tanh_ = arena.take<T>(in_.softcap > 0 ? kGradKeys * kGradQueries : 0);
+    constexpr int64_t kPairs = kGradKeys * kGradQueries;
+    p_ = arena.take<T>(kPairs);
+    ds_ = arena.take<T>(kPairs);
+    tp_ = arena.take<T>(second_ ? kPairs : 0);
+    tds_ = arena.take<T>(second_ ? kPairs : 0);
+    tanh_ = arena.take<T>(in_.softcap > 0 ? kPairs : 0);
+    ttanh_ = arena.take<T>(in_.softcap > 0 && second_ ? kPairs : 0);
     bias_ = arena.take<T>(in_.bias ? kGradKeys * kPanel : 0);
+    tbias_ = arena.take<T>(t_.tbias ? kGradKeys * kPanel : 0);
+    factors_ = arena.take<T>(in_.dropout.on ? kGradKeys * kPanel : 0);
     columns_ = arena.take<T>(in_.Dv * kPanel);
-    words_ = arena.take<uint16_t>(kGradPanels * kGradKeys * kPanelGroups);
   }
 
   // One query chunk of one head against all keys. Steps of a unit: batches, then query heads of its
@@ -140,6 +151,8 @@ class VjpBody {
     hk_ = h_ / group;
     const Logits<T> logits(in_, b_, h_);
     logits_ = &logits;
+    const Dropout<T> dropout(in_, b_, h_);
+    dropout_ = &dropout;
     const int64_t q0 = chunk * kGradChunk, q1 = std::min(in_.N, q0 + kGradChunk);
     count_ = 0;
     int64_t begin = in_.Nk, end = 0;
@@ -150,12 +163,15 @@ class VjpBody {
     }
     const bool first = head % group == 0 && chunk == 0;  // of this KV head's steps
     for (int64_t c = 0; c < schedule_.key_chunks; c++) key_chunk(unit, step, c, begin, end, first);
-    for (int t = 0; t < count_; t++) store_queries(tiles_[t]);
+    if (grads_.dq)
+      for (int t = 0; t < count_; t++) store_queries(tiles_[t]);
   }
 
-  // -sum over batches and queries of p_sink delta: batches in order, queries in 16 lanes
+  // -sum over batches and queries of p_sink delta, or its tangent: batches in order, queries in 16
+  // lanes
   void sink_gradient(int64_t h) {
     const T z = *in_.sinks.at<T>(0, h) * static_cast<T>(kLog2e);
+    const T tz = t_.tsinks ? static_cast<const T*>(t_.tsinks)[h] : T{0};
     T total = 0;
     if (z == -std::numeric_limits<T>::infinity()) {
       static_cast<T*>(grads_.dsinks)[h] = 0;
@@ -171,15 +187,16 @@ class VjpBody {
       for (int64_t q = 0; q < in_.N; q += kGroup) {
         const int n = static_cast<int>(std::min<int64_t>(kGroup, in_.N - q));
         t.q0 = q;
-        pack_lanes<T>(ct_.d_o.at<T>(b_, h, q), ct_.d_o.row, static_cast<int>(in_.Dv), n, T{1},
-                      t.do_lanes);
-        row_terms(t, 0, n, t.do_lanes);
+        pack_values(t, 0, n);
+        row_terms(t, 0, n);
         for (int v = 0; v < kRegs<T>; v++) {
           const int at = v * kWidth<T>;
           const Vec<T> x = (set1(z) - load(t.m + at)) - load(t.log2_l + at);
           const Vec<T> p = exp2<T>(-max(zero<T>(), -x));
           const int have = std::max(0, std::min(n - at, kWidth<T>));
-          sum[v] = fma_where(lanes<T>((1u << have) - 1), -p, load(t.delta + at), sum[v]);
+          Vec<T> term = load(t.delta + at);
+          if (second_) term = fma(set1(tz) - load(t.mu + at), term, load(t.tdelta + at));
+          sum[v] = fma_where(lanes<T>((1u << have) - 1), -p, term, sum[v]);
         }
       }
       for (int i = 0; i < kGroup; i++) total += sum[i / kWidth<T>][i % kWidth<T>];
@@ -188,14 +205,9 @@ class VjpBody {
   }
 
  private:
-  static int64_t padded(int64_t columns) { return (columns + kGroup - 1) / kGroup * kGroup; }
+  static inline const AttentionTangents kNoTangents{};
 
-  static void place_tile(QueryTile<T>& to, const QueryTile<T>& from) {
-    to.q_lanes = from.q_lanes, to.do_lanes = from.do_lanes, to.q_rows = from.q_rows,
-    to.do_rows = from.do_rows;
-    to.dq = from.dq, to.m = from.m, to.log2_l = from.log2_l, to.delta = from.delta,
-    to.dbias = from.dbias;
-  }
+  static int64_t padded(int64_t columns) { return (columns + kGroup - 1) / kGroup * kGroup; }
 
   int64_t row_index(int64_t q) const { return (b_ * in_.H + h_) * in_.N + q; }
 
@@ -203,42 +215,76 @@ class VjpBody {
     t.q0 = q0;
     t.rows = rows;
     t.mask.load(in_.mask, b_, h_, q0, rows, in_.N, in_.Nk);
-    const T *q = in_.q.at<T>(b_, h_, q0), *d_o = ct_.d_o.at<T>(b_, h_, q0);
-    const int D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
-    t.finite = all_finite<T>(q, in_.q.row, D, rows) && all_finite<T>(d_o, ct_.d_o.row, Dv, rows);
+    const View4 tdo = second_ ? second_->tdo : View4{};
+    t.finite = finite(in_.q, in_.D, t) && finite(ct_.d_o, in_.Dv, t) && finite(t_.tq, in_.D, t) &&
+               finite(tdo, in_.Dv, t);
     for (int g = 0; g * kGroup < rows; g++) {
       const int n = std::min(kGroup, rows - g * kGroup);
-      const int64_t panel = g / kPanelGroups, lane = g % kPanelGroups * kGroup;
-      pack_lanes<T>(q + g * kGroup * in_.q.row, in_.q.row, D, n, logits_->q_scale,
-                    t.q_lanes + panel * D * kPanel + lane);
-      pack_lanes<T>(d_o + g * kGroup * ct_.d_o.row, ct_.d_o.row, Dv, n, T{1},
-                    t.do_lanes + panel * Dv * kPanel + lane);
-      row_terms(t, g, n, t.do_lanes + panel * Dv * kPanel + lane);
+      const int64_t at = lanes_at(g, in_.D);
+      pack(in_.q, in_.D, q0 + g * kGroup, n, logits_->q_scale, t.q_lanes + at);
+      if (t_.tq) pack(t_.tq, in_.D, q0 + g * kGroup, n, logits_->q_scale, t.tq_lanes + at);
+      pack_values(t, g, n);
+      row_terms(t, g, n);
     }
-    pack_blocks<T, kGradWidth<T>>(q, in_.q.row, D, rows, static_cast<T>(in_.softmax_scale),
-                                  t.q_rows, kGradQueries);
-    pack_blocks<T, kGradWidth<T>>(d_o, ct_.d_o.row, Dv, rows, T{1}, t.do_rows, kGradQueries);
+    const T scale = static_cast<T>(in_.softmax_scale);
+    blocks(in_.q, in_.D, t, scale, t.q_rows);
+    blocks(ct_.d_o, in_.Dv, t, T{1}, t.do_rows);
+    if (t_.tq) blocks(t_.tq, in_.D, t, scale, t.tq_rows);
+    if (tdo) blocks(tdo, in_.Dv, t, T{1}, t.tdo_rows);
     std::memset(t.dq, 0, sizeof(T) * static_cast<size_t>(kGradQueries * dp_));
     std::memset(t.dbias, 0, sizeof(T) * kGradQueries);
   }
 
-  // m, log2 l and delta = rowsum(do o) - dlse of group g
-  void row_terms(QueryTile<T>& t, int g, int n, const T* do_lanes) {
-    const int64_t q = t.q0 + g * kGroup, at = row_index(q);
-    const T *m = static_cast<const T*>(ct_.m) + at, *log_l = static_cast<const T*>(ct_.log_l) + at;
-    const T* dlse = ct_.dlse ? static_cast<const T*>(ct_.dlse) + at : nullptr;
-    alignas(64) T d[kGroup];
-    row_dots(do_lanes, ct_.o.at<T>(b_, h_, q), ct_.o.row, n, d);
+  static int64_t lanes_at(int g, int64_t columns) {
+    return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup;
+  }
+  bool finite(const View4& x, int64_t columns, const QueryTile<T>& t) const {
+    return !x || all_finite<T>(x.at<T>(b_, h_, t.q0), x.row, static_cast<int>(columns), t.rows);
+  }
+  void pack(const View4& x, int64_t columns, int64_t q, int n, T mul, T* to) const {
+    pack_lanes<T>(x.at<T>(b_, h_, q), x.row, static_cast<int>(columns), n, mul, to);
+  }
+  void blocks(const View4& x, int64_t columns, const QueryTile<T>& t, T mul, T* to) const {
+    pack_blocks<T, kGradWidth<T>>(x.at<T>(b_, h_, t.q0), x.row, static_cast<int>(columns), t.rows,
+                                  mul, to, kGradQueries);
+  }
+
+  // do and its tangent of group g, in lanes
+  void pack_values(QueryTile<T>& t, int g, int n) const {
+    const int64_t q = t.q0 + g * kGroup, at = lanes_at(g, in_.Dv);
+    pack(ct_.d_o, in_.Dv, q, n, T{1}, t.do_lanes + at);
+    if (second_ && second_->tdo) pack(second_->tdo, in_.Dv, q, n, T{1}, t.tdo_lanes + at);
+  }
+
+  // m, log2 l and delta = rowsum(do o) - dlse of group g; also mu = tlse and
+  // tdelta = rowsum(tdo o + do to) - tdlse
+  void row_terms(QueryTile<T>& t, int g, int n) {
+    const int64_t q = t.q0 + g * kGroup, at = row_index(q), lane = lanes_at(g, in_.Dv);
+    auto row = [&](const void* x, int i) { return static_cast<const T*>(x)[at + i]; };
+    alignas(64) T d[kGroup], td[kGroup] = {}, more[kGroup];
+    row_dots(t.do_lanes + lane, saved_.o.at<T>(b_, h_, q), saved_.o.row, n, d);
+    if (second_) {
+      const View4& to = second_->outputs.to;
+      row_dots(t.do_lanes + lane, to.at<T>(b_, h_, q), to.row, n, td);
+      if (second_->tdo) {
+        row_dots(t.tdo_lanes + lane, saved_.o.at<T>(b_, h_, q), saved_.o.row, n, more);
+        for (int i = 0; i < kGroup; i++) td[i] += more[i];
+      }
+    }
     for (int i = 0; i < kGroup; i++) {
       const int r = std::min(i, n - 1), to = g * kGroup + i;
-      t.m[to] = std::numeric_limits<T>::lowest() > m[r] ? std::numeric_limits<T>::lowest() : m[r];
-      t.log2_l[to] = log_l[r] * static_cast<T>(kLog2e);
-      t.delta[to] = dlse ? d[i] - dlse[r] : d[i];
+      const T m = row(saved_.m, r);
+      t.m[to] = std::numeric_limits<T>::lowest() > m ? std::numeric_limits<T>::lowest() : m;
+      t.log2_l[to] = row(saved_.log_l, r) * static_cast<T>(kLog2e);
+      t.delta[to] = ct_.dlse ? d[i] - row(ct_.dlse, r) : d[i];
+      if (!second_) continue;
+      t.mu[to] = row(second_->outputs.tlse, r);
+      t.tdelta[to] = second_->tdlse ? td[i] - row(second_->tdlse, r) : td[i];
     }
   }
 
-  // out[lane] = sum over columns of do times o, one chain. A zero of o takes no part: a masked
-  // row's do may be NaN.
+  // out[lane] = sum over columns of lanes times rows, one chain. A zero of the rows takes no part:
+  // a masked row's cotangent may be NaN.
   void row_dots(const T* lanes, const T* rows, int64_t ld, int n, T* out) {
     T* t = columns_;
     pack_lanes<T>(rows, ld, static_cast<int>(in_.Dv), n, T{1}, t);
@@ -296,17 +342,20 @@ class VjpBody {
     for (int64_t k = k0; k < k1; k++) {
       const bool seen = loaded_ >> ((k - k0) / kGradKeys) & 1;
       if (!seen && !first) continue;
-      T *dk = grads_.dk.at_mut<T>(b_, hk_, k), *dv = grads_.dv.at_mut<T>(b_, hk_, k);
-      if (!seen) {
-        std::memset(dk, 0, sizeof(T) * static_cast<size_t>(in_.D));
-        std::memset(dv, 0, sizeof(T) * static_cast<size_t>(in_.Dv));
-        continue;
-      }
-      add_row<T>(dk, dk_ + (k - k0) * dp_, in_.D, first);
-      add_row<T>(dv, dv_ + (k - k0) * dvp_, in_.Dv, first);
-      if (over_queries)
+      add_key(grads_.dk, k, seen ? dk_ + (k - k0) * dp_ : nullptr, in_.D, first);
+      add_key(grads_.dv, k, seen ? dv_ + (k - k0) * dvp_ : nullptr, in_.Dv, first);
+      if (seen && over_queries)
         grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
     }
+  }
+
+  void add_key(const View4& to, int64_t k, const T* from, int64_t columns, bool first) const {
+    if (!to) return;
+    T* row = to.at_mut<T>(b_, hk_, k);
+    if (from)
+      add_row<T>(row, from, columns, first);
+    else
+      std::memset(row, 0, sizeof(T) * static_cast<size_t>(columns));
   }
 
   // Packs a key tile when the chunk's first pair of it is seen, and clears its gradients.
@@ -314,259 +363,262 @@ class VjpBody {
     const int tile = static_cast<int>(row / kGradKeys);
     if (loaded_ >> tile & 1) return;
     loaded_ |= 1u << tile;
-    T *k = k_ + row * dp_, *v = v_ + row * dvp_;
-    for (int r = 0; r < keys; r++) {
-      copy_row<T>(in_.k.at<T>(b_, hk_, k0 + r), in_.D, dp_, splat<T>(1), k + r * dp_);
-      copy_row<T>(in_.v.at<T>(b_, hk_, k0 + r), in_.Dv, dvp_, splat<T>(1), v + r * dvp_);
-    }
-    keys_finite_[tile] = all_finite<T>(k, dp_, static_cast<int>(dp_), keys) &&
-                         all_finite<T>(v, dvp_, static_cast<int>(dvp_), keys);
+    keys_finite_[tile] = true;
+    copy_keys(in_.k, in_.D, dp_, k0, keys, k_ + row * dp_, tile);
+    copy_keys(in_.v, in_.Dv, dvp_, k0, keys, v_ + row * dvp_, tile);
+    if (t_.tk) copy_keys(t_.tk, in_.D, dp_, k0, keys, tk_ + row * dp_, tile);
+    if (t_.tv) copy_keys(t_.tv, in_.Dv, dvp_, k0, keys, tv_ + row * dvp_, tile);
     std::memset(dk_ + row * dp_, 0, sizeof(T) * static_cast<size_t>(keys * dp_));
     std::memset(dv_ + row * dvp_, 0, sizeof(T) * static_cast<size_t>(keys * dvp_));
     std::memset(dbias_keys_ + row, 0, sizeof(T) * static_cast<size_t>(keys));
   }
 
+  void copy_keys(const View4& x, int64_t columns, int64_t ld, int64_t k0, int keys, T* to,
+                 int tile) {
+    for (int r = 0; r < keys; r++)
+      copy_row<T>(x.at<T>(b_, hk_, k0 + r), columns, ld, splat<T>(1), to + r * ld);
+    keys_finite_[tile] &= all_finite<T>(to, ld, static_cast<int>(ld), keys);
+  }
+
   // Keys [k0, k0 + keys), which stand at `row` of the chunk.
   void pair_of_tiles(QueryTile<T>& t, int64_t k0, int keys, int64_t row) {
-    Segment segments[kGradPanels][kGradSteps];
-    int counts[kGradPanels];
-    if (!look(t, k0, keys, segments, counts)) return;
+    if (!mask_.load(t.mask, t.rows, k0, keys)) return;
     load_keys(k0, keys, row);
-    const T *k = k_ + row * dp_, *v = v_ + row * dvp_;
-    for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, keys, k, v, segments[p], counts[p]);
+    for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, row);
     if (schedule_.bias != BiasGradient::kNone) add_bias(t, k0, keys, row);
-    if (logits_->softcap) through_softcap(t, keys);
-    if (!whole_ && !(keys_finite_[row / kGradKeys] && t.finite))
-      add_products_checked(t, keys, row);
-    else
-      add_products(t, keys, row);
+    if (logits_->softcap && logits_wanted_) through_softcap();
+    add_products(t, row);
   }
 
-  // Fills seen_, the edge words and the segments of every panel. False where no pair is seen.
-  bool look(const QueryTile<T>& t, int64_t k0, int keys, Segment (*segments)[kGradSteps],
-            int* counts) {
-    std::memset(seen_, 0, sizeof seen_);
-    bool any = false;
-    whole_ = true;
-    for (int p = 0; p * kPanel < t.rows; p++) {
-      counts[p] = t.mask.segments(p * kPanelGroups, k0, keys, segments[p],
-                                  words_ + p * kGradKeys * kPanelGroups);
-      const int groups = std::min(kPanelGroups, t.mask.groups - p * kPanelGroups);
-      int pairs = 0;
-      for (int i = 0; i < counts[p]; i++) {
-        Segment& s = segments[p][i];
-        s.nb = std::min(s.nb, groups);
-        any = true;
-        whole_ &= !s.edge;
-        pairs += (s.jb - s.ja) * (s.nb - s.na);
-        for (int j = s.ja; j < s.jb; j += kStep)
-          for (int g = s.na; g < s.nb; g++)
-            seen_[j / kStep][p * kPanelGroups + g] = s.edge ? Seen::kSome : Seen::kAll;
-      }
-      whole_ &= pairs == keys * groups;
+  // dv += p' do, dk += ds' q, dq += ds k; of the JVP, the tangents of these products
+  void add_products(QueryTile<T>& t, int64_t row) {
+    const bool finite = keys_finite_[row / kGradKeys] && t.finite;
+    Terms<T> dv, dk, dq;
+    if (second_) {
+      if (logits_move_) dv.add(tp_, t.do_rows);
+      dv.add(p_, second_->tdo ? t.tdo_rows : nullptr);
+      dk.add(tds_, t.q_rows);
+      dk.add(ds_, t_.tq ? t.tq_rows : nullptr);
+      dq.add(tds_, k_ + row * dp_);
+      dq.add(ds_, t_.tk ? tk_ + row * dp_ : nullptr);
+    } else {
+      dv.add(p_, t.do_rows);
+      dk.add(ds_, t.q_rows);
+      dq.add(ds_, k_ + row * dp_);
     }
-    return any;
+    if (grads_.dv) sum_over_queries<T>(mask_, dv, finite, dv_ + row * dvp_, dvp_);
+    if (grads_.dk) sum_over_queries<T>(mask_, dk, finite, dk_ + row * dp_, dp_);
+    if (grads_.dq) sum_over_keys<T>(mask_, dq, finite, t.dq, dp_);
   }
 
-  // p and ds of one panel, zero where nothing is seen
-  void panel(QueryTile<T>& t, int p, int64_t k0, int keys, const T* k, const T* v,
-             const Segment* segments, int count) {
+  // p and ds of one panel, zero where nothing is seen; of the JVP their tangents too
+  void panel(QueryTile<T>& t, int p, int64_t k0, int64_t row) {
     const int at = p * kPanel, D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
-    const uint16_t* words = words_ + p * kGradKeys * kPanelGroups;
+    const T *k = k_ + row * dp_, *v = v_ + row * dvp_;
     const T *q = t.q_lanes + int64_t{at} * D, *d_o = t.do_lanes + int64_t{at} * Dv;
     T *prob = p_ + at, *ds = ds_ + at;
-    if (!whole_)
-      for (int j = 0; j < keys; j++)
-        for (int i = 0; i < kPanel; i += kWidth<T>) {
-          store(prob + j * kGradQueries + i, zero<T>());
-          store(ds + j * kGradQueries + i, zero<T>());
-        }
-    for (int i = 0; i < count; i++) {
-      const Segment& s = segments[i];
-      if (!logits_->plain) {
-        scores<T>(k, dp_, q, D, StoreRaw<T>{prob}, s);
-        scores<T>(v, dvp_, d_o, Dv, StoreRaw<T>{ds}, s);
-        apply_options(t, p, k0, s, words);
-      } else if (s.edge) {
-        scores<T>(k, dp_, q, D, StoreWeights<T, true>{prob, t.m + at, t.log2_l + at, words}, s);
-        scores<T>(v, dvp_, d_o, Dv, StoreGradient<T, true>{ds, prob, t.delta + at, words}, s);
-      } else {
-        scores<T>(k, dp_, q, D, StoreWeights<T, false>{prob, t.m + at, t.log2_l + at, words}, s);
-        scores<T>(v, dvp_, d_o, Dv, StoreGradient<T, false>{ds, prob, t.delta + at, words}, s);
+    if (!mask_.whole) clear_panel(at);
+    for (int i = 0; i < mask_.counts[p]; i++) {
+      const Segment& s = mask_.segments[p][i];
+      if (!second_ && logits_->plain && !dropout_->on) {
+        if (s.edge)
+          plain_segment<true>(t, p, k, v, s);
+        else
+          plain_segment<false>(t, p, k, v, s);
+        continue;
+      }
+      scores<T>(k, dp_, q, D, StoreRaw<T>{prob}, s);
+      if (logits_wanted_) scores<T>(v, dvp_, d_o, Dv, StoreRaw<T>{ds}, s);
+      if (second_) {
+        scores_of_both<T>({t_.tq ? k : nullptr, dp_, t.tq_lanes + int64_t{at} * D},
+                          {t_.tk ? tk_ + row * dp_ : nullptr, dp_, q}, D, StoreRaw<T>{tds_ + at},
+                          s);
+        if (logits_wanted_)
+          scores_of_both<T>({second_->tdo ? v : nullptr, dvp_, t.tdo_lanes + int64_t{at} * Dv},
+                            {t_.tv ? tv_ + row * dvp_ : nullptr, dvp_, d_o}, Dv,
+                            StoreRaw<T>{tp_ + at}, s);
+      }
+      const int64_t q0 = t.q0 + at;
+      const int rows = std::min(kPanel, t.rows - at);
+      if (logits_->bias) logits_->bias.panel(q0, rows, k0, s.ja, s.jb, bias_);
+      if (t_.tbias) BiasHead<T>(t_.tbias, b_, h_).panel(q0, rows, k0, s.ja, s.jb, tbias_);
+      if (dropout_->on) dropout_->panel(s, q0, k0, factors_);
+      for (int n = s.na * kRegs<T>; n < s.nb * kRegs<T>; n++) {
+        if (second_)
+          second_elements(t, p, k0, s, n);
+        else
+          elements(t, p, k0, s, n);
       }
     }
   }
 
-  __attribute__((noinline)) void apply_options(QueryTile<T>& t, int p, int64_t k0, const Segment& s,
-                                               const uint16_t* words) {
-    const int at = p * kPanel;
-    if (logits_->bias)
-      logits_->bias_panel(t.q0 + at, std::min(kPanel, t.rows - at), k0, s.ja, s.jb, bias_);
-    alignas(64) T position[kPanel];
-    positions<T>(t.q0 + at + logits_->offset - k0, kPanel, position);
-    for (int n = s.na * kRegs<T>; n < s.nb * kRegs<T>; n++) {
-      const int lane = at + n * kWidth<T>;
-      const Vec<T> m = load(t.m + lane), l = load(t.log2_l + lane), delta = load(t.delta + lane);
-      const Vec<T> pos = load(position + n * kWidth<T>);
-      for (int j = s.ja; j < s.jb; j++) {
-        T *prob = p_ + j * kGradQueries + lane, *ds = ds_ + j * kGradQueries + lane;
-        const Vec<T> added =
-            logits_->bias ? load(bias_ + int64_t{j} * kPanel + n * kWidth<T>) : zero<T>();
-        Vec<T> slope = zero<T>();
-        Vec<T> w = exp2<T>(((*logits_)(load(prob), abs(pos - splat<T>(j)), added, &slope) - m) - l);
-        Vec<T> d = (load(ds) - delta) * w;
-        if (s.edge) {
-          const Lanes<T> in = edge_lanes<T>(words, j, n);
-          w = select(in, w, zero<T>());
-          d = select(in, d, zero<T>());
-          slope = select(in, slope, zero<T>());
-        }
-        store(prob, w);
-        store(ds, d);
-        if (logits_->softcap) store(tanh_ + j * kGradQueries + lane, slope);
+  template <bool EDGE>
+  void plain_segment(QueryTile<T>& t, int p, const T* k, const T* v, const Segment& s) {
+    const int at = p * kPanel, D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
+    T *prob = p_ + at, *ds = ds_ + at;
+    const uint16_t* words = mask_.words(p);
+    scores<T>(k, dp_, t.q_lanes + int64_t{at} * D, D,
+              StoreWeights<T, EDGE>{prob, t.m + at, t.log2_l + at, words}, s);
+    if (logits_wanted_)
+      scores<T>(v, dvp_, t.do_lanes + int64_t{at} * Dv, Dv,
+                StoreGradient<T, EDGE>{ds, prob, t.delta + at, words}, s);
+  }
+
+  void clear_panel(int at) {
+    for (T* x : {p_, ds_, tp_, tds_})
+      for (int j = 0; x && j < mask_.keys(); j++)
+        for (int i = 0; i < kPanel; i += kWidth<T>) store(x + j * kGradQueries + at + i, zero<T>());
+  }
+
+  // The logits of register n of panel p and key j, from the raw products.
+  struct Lane {
+    int at;  // in a row of kGradQueries
+    Vec<T> m, l, delta, position;
+    Lane(const VjpBody& body, const QueryTile<T>& t, int p, int64_t k0, int n)
+        : at(p * kPanel + n * kWidth<T>),
+          m(load(t.m + at)),
+          l(load(t.log2_l + at)),
+          delta(load(t.delta + at)) {
+      alignas(64) T x[kWidth<T>];
+      positions<T>(t.q0 + at + body.in_.Nk - body.in_.N - k0, kWidth<T>, x);
+      position = load(x);
+    }
+  };
+  TW_MEMBER Vec<T> weight(const Lane& lane, int j, int n, Vec<T> raw, Vec<T>* tanh_out) const {
+    const Vec<T> added =
+        logits_->bias ? load(bias_ + int64_t{j} * kPanel + n * kWidth<T>) : zero<T>();
+    return exp2<T>(((*logits_)(raw, abs(lane.position - splat<T>(j)), added, tanh_out) - lane.m) -
+                   lane.l);
+  }
+
+  __attribute__((noinline)) void elements(QueryTile<T>& t, int p, int64_t k0, const Segment& s,
+                                          int n) {
+    const Lane lane(*this, t, p, k0, n);
+    const uint16_t* words = mask_.words(p);
+    for (int j = s.ja; j < s.jb; j++) {
+      const int64_t at = int64_t{j} * kGradQueries + lane.at;
+      Vec<T> slope = zero<T>(), dp = load(ds_ + at);
+      Vec<T> w = weight(lane, j, n, load(p_ + at), &slope), kept = w;
+      if (dropout_->on) {
+        const Vec<T> f = load(factors_ + int64_t{j} * kPanel + n * kWidth<T>);
+        kept = w * f;
+        dp = dp * f;
+      }
+      Vec<T> d = (dp - lane.delta) * w;
+      if (s.edge) {
+        const Lanes<T> in = edge_lanes<T>(words, j, n);
+        kept = select(in, kept, zero<T>());
+        d = select(in, d, zero<T>());
+        slope = select(in, slope, zero<T>());
+      }
+      store(p_ + at, kept);
+      store(ds_ + at, d);
+      if (logits_->softcap) store(tanh_ + at, slope);
+    }
+  }
+
+  // In: raw products s, dp, their tangents in tds and tp. Out: p and tp with dropout, ds, tds.
+  __attribute__((noinline)) void second_elements(QueryTile<T>& t, int p, int64_t k0,
+                                                 const Segment& s, int n) {
+    const Lane lane(*this, t, p, k0, n);
+    const Vec<T> mu = load(t.mu + lane.at), tdelta = load(t.tdelta + lane.at);
+    const uint16_t* words = mask_.words(p);
+    const bool values_move = logits_wanted_ && (second_->tdo || t_.tv);
+    for (int j = s.ja; j < s.jb; j++) {
+      const int64_t at = int64_t{j} * kGradQueries + lane.at;
+      const int64_t in_panel = int64_t{j} * kPanel + n * kWidth<T>;
+      Vec<T> slope = zero<T>(), tslope = zero<T>(), dp = load(ds_ + at),
+             tdp = values_move ? load(tp_ + at) : zero<T>();
+      const Vec<T> w = weight(lane, j, n, load(p_ + at), &slope);
+      Vec<T> ts = products_move_ ? load(tds_ + at) : zero<T>();
+      if (logits_->softcap) {
+        tslope = ts * fma(-slope, slope, splat<T>(1));
+        ts = tslope * set1(logits_->natural_cap);
+      } else {
+        ts = ts * splat<T>(kLn2);
+      }
+      if (t_.tbias) ts += load(tbias_ + in_panel);
+      Vec<T> tp = w * (ts - mu), kept = w, tkept = tp;
+      if (dropout_->on) {
+        const Vec<T> f = load(factors_ + in_panel);
+        kept = w * f, tkept = tp * f, dp = dp * f, tdp = tdp * f;
+      }
+      const Vec<T> e = dp - lane.delta;
+      Vec<T> d = e * w, td = fma(tp, e, w * (tdp - tdelta));
+      if (s.edge) {
+        const Lanes<T> in = edge_lanes<T>(words, j, n);
+        for (Vec<T>* x : {&kept, &tkept, &d, &td, &slope, &tslope}) *x = select(in, *x, zero<T>());
+      }
+      store(p_ + at, kept);
+      store(tp_ + at, tkept);
+      store(ds_ + at, d);
+      store(tds_ + at, td);
+      if (logits_->softcap) {
+        store(tanh_ + at, slope);
+        store(ttanh_ + at, tslope);
       }
     }
   }
 
   // ds is the gradient by the capped logit; by the product it is ds (1 - tanh^2)
-  void through_softcap(const QueryTile<T>& t, int keys) {
-    for (int j = 0; j < keys; j++)
-      for (int g = 0; g < t.mask.groups; g++) {
-        if (seen_[j / kStep][g] == Seen::kNone) continue;
+  void through_softcap() {
+    for (int j = 0; j < mask_.keys(); j++)
+      for (int g = 0; g < mask_.groups(); g++) {
+        if (mask_.none(j, g)) continue;
         for (int i = g * kGroup; i < (g + 1) * kGroup; i += kWidth<T>) {
-          const Vec<T> x = load(tanh_ + j * kGradQueries + i);
-          T* ds = ds_ + j * kGradQueries + i;
-          store(ds, load(ds) * fma(-x, x, splat<T>(1)));
+          const int64_t at = j * kGradQueries + i;
+          const Vec<T> x = load(tanh_ + at), d = load(ds_ + at), slope = fma(-x, x, splat<T>(1));
+          store(ds_ + at, d * slope);
+          if (second_)
+            store(tds_ + at, fma(load(tds_ + at), slope, splat<T>(-2) * x * load(ttanh_ + at) * d));
         }
       }
   }
 
   void add_bias(QueryTile<T>& t, int64_t k0, int keys, int64_t row) {
     const View4& to = grads_.dbias;
+    const T* ds = second_ ? tds_ : ds_;
     if (schedule_.bias == BiasGradient::kFull) {
       for (int r = 0; r < t.rows; r++) {
         T* out = to.at_mut<T>(b_, h_, t.q0 + r) + k0 * to.column;
-        for (int j = 0; j < keys; j++) out[j * to.column] += ds_[j * kGradQueries + r];
+        for (int j = 0; j < keys; j++) out[j * to.column] += ds[j * kGradQueries + r];
       }
     } else if (schedule_.bias == BiasGradient::kOverKeys) {
       for (int r = 0; r < t.rows; r += kWidth<T>) {
         Vec<T> s = zero<T>();
-        for (int j = 0; j < keys; j++) s += load(ds_ + j * kGradQueries + r);
+        for (int j = 0; j < keys; j++) s += load(ds + j * kGradQueries + r);
         store(t.dbias + r, load(t.dbias + r) + s);
       }
     } else {
       for (int j = 0; j < keys; j++) {
         T s = 0;
-        for (int r = 0; r < t.rows; r++) s += ds_[j * kGradQueries + r];
+        for (int r = 0; r < t.rows; r++) s += ds[j * kGradQueries + r];
         dbias_keys_[row + j] += s;
       }
     }
   }
 
-  // dv += p' do, dk += ds' q, dq += ds k. Ranges that no pair of a block sees are left out.
-  void add_products(QueryTile<T>& t, int keys, int64_t row) {
-    for (int j = 0; j < keys; j += kGradRows) {
-      const int rows = std::min(kGradRows, keys - j);
-      int qa = 0, qb = t.rows;
-      if (!whole_) query_range(t, j, j + rows, &qa, &qb);
-      add_rows_of(p_ + j * kGradQueries + qa, rows, t.do_rows + int64_t{qa} * kGradWidth<T>,
-                  qb - qa, dv_ + (row + j) * dvp_, dvp_);
-      add_rows_of(ds_ + j * kGradQueries + qa, rows, t.q_rows + int64_t{qa} * kGradWidth<T>,
-                  qb - qa, dk_ + (row + j) * dp_, dp_);
-    }
-    for (int64_t d = 0; d < dp_; d += kGradWidth<T>)
-      for (int q = 0; q < t.rows; q += kGradRows) {
-        const int rows = std::min(kGradRows, t.rows - q);
-        int ja = 0, jb = keys;
-        if (!whole_) key_range(q, q + rows, keys, &ja, &jb);
-        add_product<T, true>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, dp_ - d)),
-                             ds_ + ja * kGradQueries + q, kGradQueries, k_ + (row + ja) * dp_ + d,
-                             dp_, jb - ja, t.dq + q * dp_ + d, dp_);
-      }
-  }
-
-  void add_rows_of(const T* a, int rows, const T* b, int depth, T* c, int64_t ldc) {
-    for (int64_t d = 0; d < ldc; d += kGradWidth<T>, b += kGradQueries * kGradWidth<T>)
-      add_product<T, false>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, ldc - d)), a,
-                            kGradQueries, b, kGradWidth<T>, depth, c + d, ldc);
-  }
-
-  void query_range(const QueryTile<T>& t, int ja, int jb, int* qa, int* qb) const {
-    int ga = kGradGroups, gb = 0;
-    for (int s = ja / kStep; s * kStep < jb; s++)
-      for (int g = 0; g < t.mask.groups; g++)
-        if (seen_[s][g] != Seen::kNone) ga = std::min(ga, g), gb = std::max(gb, g + 1);
-    *qa = std::min(ga * kGroup, t.rows);
-    *qb = std::min(gb * kGroup, t.rows);
-  }
-
-  void key_range(int qa, int qb, int keys, int* ja, int* jb) const {
-    int sa = kGradSteps, sb = 0;
-    for (int g = qa / kGroup; g * kGroup < qb; g++)
-      for (int s = 0; s < kGradSteps; s++)
-        if (seen_[s][g] != Seen::kNone) sa = std::min(sa, s), sb = std::max(sb, s + 1);
-    *ja = std::min(sa * kStep, keys);
-    *jb = std::min(sb * kStep, keys);
-  }
-
-  bool sees(int j, int q) const {
-    const int g = q / kGroup;
-    const Seen s = seen_[j / kStep][g];
-    if (s != Seen::kSome) return s == Seen::kAll;
-    return words_[(g / kPanelGroups * kGradKeys + j) * kPanelGroups + g % kPanelGroups] >>
-               (q % kGroup) &
-           1;
-  }
-
-  // The same sums pair by pair, for tiles where 0 times a masked NaN or infinity would spread it.
-  __attribute__((noinline)) void add_products_checked(QueryTile<T>& t, int keys, int64_t row) {
-    for (int j = 0; j < keys; j++) {
-      add_seen(
-          t.rows, [&](int q) { return sees(j, q); },
-          [&](int q) { return p_[j * kGradQueries + q]; },
-          [&](int q, int64_t d) { return block_row(t.do_rows, q, d); }, dv_ + (row + j) * dvp_,
-          dvp_);
-      add_seen(
-          t.rows, [&](int q) { return sees(j, q); },
-          [&](int q) { return ds_[j * kGradQueries + q]; },
-          [&](int q, int64_t d) { return block_row(t.q_rows, q, d); }, dk_ + (row + j) * dp_, dp_);
-    }
-    for (int q = 0; q < t.rows; q++)
-      add_seen(
-          keys, [&](int j) { return sees(j, q); }, [&](int j) { return ds_[j * kGradQueries + q]; },
-          [&](int j, int64_t d) { return k_ + (row + j) * dp_ + d; }, t.dq + q * dp_, dp_);
-  }
-
-  static const T* block_row(const T* blocks, int q, int64_t d) {
-    return blocks + d / kGradWidth<T> * kGradQueries * kGradWidth<T> + int64_t{q} * kGradWidth<T> +
-           d % kGradWidth<T>;
-  }
-
-  template <class In, class Weight, class Row>
-  static void add_seen(int n, const In& in, const Weight& weight, const Row& row, T* c,
-                       int64_t columns) {
-    for (int64_t d = 0; d < columns; d += kWidth<T>) {
-      Vec<T> acc = zero<T>();
-      for (int i = 0; i < n; i++)
-        if (in(i)) acc = fma(set1(weight(i)), load(row(i, d)), acc);
-      store(c + d, load(c + d) + acc);
-    }
-  }
-
   const AttentionInputs& in_;
+  const AttentionSaved& saved_;
   const AttentionCotangents& ct_;
+  const AttentionSecond* second_;
+  const AttentionTangents& t_;
   const AttentionGradients& grads_;
   VjpSchedule& schedule_;
+  // whether q k, and the logits, have tangents; whether anything but dv is wanted
+  const bool products_move_, logits_move_, logits_wanted_;
   const Logits<T>* logits_ = nullptr;
+  const Dropout<T>* dropout_ = nullptr;
   int64_t dp_, dvp_, b_ = 0, h_ = 0, hk_ = 0;
   int count_ = 0;
   uint32_t loaded_ = 0;  // key tiles of the chunk that some query sees
-  bool keys_finite_[kGradChunk / kGradKeys] = {}, whole_ = true;
+  bool keys_finite_[kGradChunk / kGradKeys] = {};
   QueryTile<T>* tiles_ = nullptr;
-  T *k_ = nullptr, *v_ = nullptr, *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr,
-    *p_ = nullptr, *ds_ = nullptr, *tanh_ = nullptr, *bias_ = nullptr, *columns_ = nullptr;
-  uint16_t* words_ = nullptr;
-  Seen seen_[kGradSteps][kGradGroups];
+  T *k_ = nullptr, *v_ = nullptr, *tk_ = nullptr, *tv_ = nullptr, *dk_ = nullptr, *dv_ = nullptr,
+    *dbias_keys_ = nullptr, *p_ = nullptr, *ds_ = nullptr, *tp_ = nullptr, *tds_ = nullptr,
+    *tanh_ = nullptr, *ttanh_ = nullptr, *bias_ = nullptr, *tbias_ = nullptr, *factors_ = nullptr,
+    *columns_ = nullptr;
+  PairMask mask_;
 };
 
 #include "simd/end.hpp"

@@ -110,6 +110,19 @@ TW_INLINE void add_row(T* to, const T* from, int64_t n, bool set) {
   for (; e < n; e++) to[e] = (set ? T{0} : to[e]) + from[e];
 }
 
+// to[e] = to[e] + scale * from[e], settling the sign of zero
+template <class T>
+TW_INLINE void add_scaled_row(T* to, const T* from, int64_t n, T scale) {
+  for (int64_t e = 0; e < n; e += kWidth<T>) {
+    const size_t have = sizeof(T) * static_cast<size_t>(std::min<int64_t>(kWidth<T>, n - e));
+    alignas(64) T x[kWidth<T>] = {}, y[kWidth<T>] = {};
+    std::memcpy(x, to + e, have);
+    std::memcpy(y, from + e, have);
+    store(x, fma(set1(scale), load(y), load(x)) + zero<T>());
+    std::memcpy(to + e, x, have);
+  }
+}
+
 // Whether every element is finite: x - x is 0 only then.
 template <class T>
 TW_NOINLINE bool all_finite(const T* x, int64_t ld, int columns, int rows) {

@@ -34,20 +34,32 @@ TW_INLINE Lanes<T> edge_lanes(const uint16_t* words, int j, int n) {
 }
 
 // --- Scores: C[j][lane] = sum_d A[j][d] B[d][lane], handed to Epilogue::Column(epilogue,
-// register).put(j, value) ---------
+// register).put(j, value); with two factors the sum goes on over the second ---------
 
-template <class T, int MR, int NR, class Epilogue>
-TW_INLINE void scores_block(const T* a, int64_t lda, const T* b, int depth,
-                            const Epilogue& epilogue, int j, int n0) {
+// `a` is the tile's first key, `b` the panel.
+template <class T>
+struct Factor {
+  const T* a;
+  int64_t lda;
+  const T* b;
+};
+
+template <class T, int MR, int NR, int COUNT, class Epilogue>
+TW_INLINE void scores_block(const Factor<T>* factors, int depth, const Epilogue& epilogue, int j,
+                            int n0) {
   Vec<T> acc[MR][NR];
   TW_UNROLL for (int i = 0; i < MR; i++) TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] =
       zero<T>();
-  for (int d = 0; d < depth; d++, b += kPanel) {
-    Vec<T> x[NR];
-    TW_UNROLL for (int n = 0; n < NR; n++) x[n] = load_once(b + n * kWidth<T>);
-    TW_UNROLL for (int i = 0; i < MR; i++) {
-      const Vec<T> y = set1(a[i * lda + d]);
-      TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] = fma(y, x[n], acc[i][n]);
+  for (int f = 0; f < COUNT; f++) {
+    const int64_t lda = factors[f].lda;
+    const T *a = factors[f].a + j * lda, *b = factors[f].b + n0 * kWidth<T>;
+    for (int d = 0; d < depth; d++, b += kPanel) {
+      Vec<T> x[NR];
+      TW_UNROLL for (int n = 0; n < NR; n++) x[n] = load_once(b + n * kWidth<T>);
+      TW_UNROLL for (int i = 0; i < MR; i++) {
+        const Vec<T> y = set1(a[i * lda + d]);
+        TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] = fma(y, x[n], acc[i][n]);
+      }
     }
   }
   TW_UNROLL for (int n = 0; n < NR; n++) {
@@ -57,37 +69,54 @@ TW_INLINE void scores_block(const T* a, int64_t lda, const T* b, int depth,
   }
 }
 
-template <class T, int NR, class Epilogue>
-TW_NOINLINE void scores_columns(const T* a, int64_t lda, const T* b, int depth,
-                                const Epilogue& epilogue, int ja, int jb, int n0) {
+template <class T, int NR, int COUNT, class Epilogue>
+TW_NOINLINE void scores_columns(const Factor<T>* factors, int depth, const Epilogue& epilogue,
+                                int ja, int jb, int n0) {
   constexpr int MR = NR == 1 ? 2 * kRowBlock : kRowBlock;
   int j = ja;
-  for (; j + MR <= jb; j += MR)
-    scores_block<T, MR, NR>(a + j * lda, lda, b, depth, epilogue, j, n0);
+  for (; j + MR <= jb; j += MR) scores_block<T, MR, NR, COUNT>(factors, depth, epilogue, j, n0);
   if constexpr (MR > 8)
-    if (j + 8 <= jb) scores_block<T, 8, NR>(a + j * lda, lda, b, depth, epilogue, j, n0), j += 8;
+    if (j + 8 <= jb) scores_block<T, 8, NR, COUNT>(factors, depth, epilogue, j, n0), j += 8;
   if constexpr (MR > 4)
-    if (j + 4 <= jb) scores_block<T, 4, NR>(a + j * lda, lda, b, depth, epilogue, j, n0), j += 4;
-  if (j + 2 <= jb) scores_block<T, 2, NR>(a + j * lda, lda, b, depth, epilogue, j, n0), j += 2;
-  if (j < jb) scores_block<T, 1, NR>(a + j * lda, lda, b, depth, epilogue, j, n0);
+    if (j + 4 <= jb) scores_block<T, 4, NR, COUNT>(factors, depth, epilogue, j, n0), j += 4;
+  if (j + 2 <= jb) scores_block<T, 2, NR, COUNT>(factors, depth, epilogue, j, n0), j += 2;
+  if (j < jb) scores_block<T, 1, NR, COUNT>(factors, depth, epilogue, j, n0);
 }
 
-// One segment. `a` is the tile's first key, `b` the panel.
-template <class T, class Epilogue>
-TW_INLINE void scores(const T* a, int64_t lda, const T* b, int depth, const Epilogue& epilogue,
-                      const Segment& s) {
+// One segment.
+template <int COUNT, class T, class Epilogue>
+TW_INLINE void scores_of(const Factor<T>* factors, int depth, const Epilogue& epilogue,
+                         const Segment& s) {
   const int end = s.nb * kRegs<T>;
   for (int n = s.na * kRegs<T>; n < end;) {
     const int left = end - n;
-    const T* bn = b + n * kWidth<T>;
     if (left >= 3 && left != 4) {
-      scores_columns<T, 3>(a, lda, bn, depth, epilogue, s.ja, s.jb, n), n += 3;
+      scores_columns<T, 3, COUNT>(factors, depth, epilogue, s.ja, s.jb, n), n += 3;
     } else if (left >= 2) {
-      scores_columns<T, 2>(a, lda, bn, depth, epilogue, s.ja, s.jb, n), n += 2;
+      scores_columns<T, 2, COUNT>(factors, depth, epilogue, s.ja, s.jb, n), n += 2;
     } else {
-      scores_columns<T, 1>(a, lda, bn, depth, epilogue, s.ja, s.jb, n), n += 1;
+      scores_columns<T, 1, COUNT>(factors, depth, epilogue, s.ja, s.jb, n), n += 1;
     }
   }
+}
+
+template <class T, class Epilogue>
+TW_INLINE void scores(const T* a, int64_t lda, const T* b, int depth, const Epilogue& epilogue,
+                      const Segment& s) {
+  const Factor<T> factor{a, lda, b};
+  scores_of<1>(&factor, depth, epilogue, s);
+}
+
+// The sum of those of two factors that are there (a null `a` is none). False where neither is.
+template <class T, class Epilogue>
+TW_INLINE bool scores_of_both(Factor<T> x, Factor<T> y, int depth, const Epilogue& epilogue,
+                              const Segment& s) {
+  const Factor<T> both[] = {x.a ? x : y, y};
+  if (x.a && y.a)
+    scores_of<2>(both, depth, epilogue, s);
+  else if (x.a || y.a)
+    scores_of<1>(both, depth, epilogue, s);
+  return x.a || y.a;
 }
 
 // Weighted sum: C[d][lane] = C alpha + sum_j V[j][d] P[j][lane]

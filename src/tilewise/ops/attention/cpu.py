@@ -11,7 +11,19 @@ from tilewise import _core
 from tilewise.base.masks import PackedBits, RowIntervals
 from tilewise.base.operator import Implementation
 
-from .spec import AttentionCall, AttentionGrads, AttentionOutputs, CotangentCall, RowStats, Want
+from .spec import (
+    ALL_NEEDED,
+    AttentionCall,
+    AttentionGrads,
+    AttentionOutputs,
+    CotangentCall,
+    Needed,
+    OutputTangents,
+    RowStats,
+    SecondCall,
+    TangentCall,
+    Want,
+)
 
 Array = NDArray[Any]
 
@@ -39,33 +51,99 @@ def forward(call: AttentionCall, want: Want) -> AttentionOutputs:
     return AttentionOutputs(o, RowStats(m, log_l), lse, max_logit, entropy)
 
 
-def vjp(call: AttentionCall, cotangents: CotangentCall) -> AttentionGrads:
+def vjp(
+    call: AttentionCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED
+) -> AttentionGrads:
     """Compute the gradients tile by tile, in the layout of the call."""
-    dq = _empty(call, call.H, call.N, call.D)
-    dk = _empty(call, call.Hk, call.Nk, call.D)
-    dv = _empty(call, call.Hk, call.Nk, call.Dv)
-    dbias = None if call.bias is None else np.zeros(call.bias.shape, call.dtype)
-    dsinks = None if call.sinks is None else np.zeros(call.H, call.dtype)
-    dlse = cotangents.dlse
+    found = _gradients(call, needed)
     _core.attention_vjp(
+        call.q, call.k, call.v, **_cotangents(call, cotangents), **found, **_options(call)
+    )
+    return _shaped(call, found)
+
+
+def jvp(call: AttentionCall, tangents: TangentCall) -> OutputTangents:
+    """Compute the tangents of o and lse tile by tile, in the layout of the call."""
+    to = _empty(call, call.H, call.N, call.Dv)
+    tlse = np.empty((call.B, call.H, call.N), call.dtype)
+    _core.attention_jvp(
         call.q,
         call.k,
         call.v,
-        cotangents.do,
-        cotangents.o,
-        np.ascontiguousarray(cotangents.stats.m),
-        np.ascontiguousarray(cotangents.stats.log_l),
-        dlse=None if dlse is None else np.ascontiguousarray(dlse),
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        dbias=dbias,
-        dsinks=dsinks,
+        **_saved(tangents.o, tangents.stats),
+        **_tangents(tangents),
+        to=to,
+        tlse=tlse,
         **_options(call),
     )
+    return OutputTangents(to, tlse)
+
+
+def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> AttentionGrads:
+    """Compute the tangents of the gradients tile by tile, in the layout of the call."""
+    to, tlse = second.outputs or jvp(call, second.tangents)
+    found = _gradients(call, needed)
+    _core.attention_vjp_jvp(
+        call.q,
+        call.k,
+        call.v,
+        **_cotangents(call, second.cotangents),
+        **_tangents(second.tangents),
+        to=to,
+        tlse=np.ascontiguousarray(tlse),
+        tdo=second.tdo,
+        tdlse=_contiguous(second.tdlse),
+        **found,
+        **_options(call),
+    )
+    return _shaped(call, found)
+
+
+def _saved(o: Array, stats: RowStats) -> dict[str, Array]:
+    m, log_l = np.ascontiguousarray(stats.m), np.ascontiguousarray(stats.log_l)
+    return {"o": o, "m": m, "log_l": log_l}
+
+
+def _cotangents(call: AttentionCall, cotangents: CotangentCall) -> dict[str, Any]:
+    do = cotangents.do
+    if do is None:
+        do = np.zeros((call.B, call.H, call.N, call.Dv), call.dtype)
+    saved = _saved(cotangents.o, cotangents.stats)
+    return {**saved, "do": do, "dlse": _contiguous(cotangents.dlse)}
+
+
+def _tangents(tangents: TangentCall) -> dict[str, Any]:
+    return {
+        "tq": tangents.tq,
+        "tk": tangents.tk,
+        "tv": tangents.tv,
+        "tbias": tangents.tbias,
+        "tsinks": _contiguous(tangents.tsinks),
+    }
+
+
+def _gradients(call: AttentionCall, needed: Needed) -> dict[str, Array | None]:
+    """Return the arrays into which the kernel writes; it adds to that of the bias."""
+    bias = call.bias if needed.bias else None
+    sinks = call.sinks if needed.sinks else None
+    return {
+        "dq": _empty(call, call.H, call.N, call.D) if needed.q else None,
+        "dk": _empty(call, call.Hk, call.Nk, call.D) if needed.k else None,
+        "dv": _empty(call, call.Hk, call.Nk, call.Dv) if needed.v else None,
+        "dbias": None if bias is None else np.zeros(bias.shape, call.dtype),
+        "dsinks": None if sinks is None else np.zeros(call.H, call.dtype),
+    }
+
+
+def _shaped(call: AttentionCall, found: dict[str, Array | None]) -> AttentionGrads:
+    dbias = found["dbias"]
     if dbias is not None and call.bias_shape is not None:
         dbias = dbias.reshape(call.bias_shape)
-    return AttentionGrads(dq, dk, dv, dbias, dsinks)
+    return AttentionGrads(found["dq"], found["dk"], found["dv"], dbias, found["dsinks"])
+
+
+def _contiguous(x: Array | None) -> Array | None:
+    return None if x is None else np.ascontiguousarray(x)
 
 
 def _options(call: AttentionCall) -> dict[str, Any]:
@@ -81,6 +159,8 @@ def _options(call: AttentionCall) -> dict[str, Any]:
         "sinks": call.sinks,
         "softmax_scale": call.softmax_scale,
         "softcap": call.softcap or 0.0,
+        "dropout_p": call.dropout_p,
+        "seed": call.seed,
     }
 
 
@@ -91,4 +171,4 @@ def _empty(call: AttentionCall, heads: int, rows: int, entries: int) -> Array:
     return np.empty((call.B, rows, heads, entries), call.dtype).swapaxes(1, 2)
 
 
-IMPLEMENTATION = Implementation("cpu", forward, vjp)
+IMPLEMENTATION = Implementation("cpu", forward, vjp, jvp, vjp_jvp)

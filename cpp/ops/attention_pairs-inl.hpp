@@ -1,0 +1,175 @@
+// A pair of tiles of the backward pass, kGradQueries queries and kGradKeys keys: which pairs are
+// seen, and the products of their weights with rows.
+#pragma once
+#include "ops/attention_logits-inl.hpp"
+
+#include "simd/begin.hpp"
+
+constexpr int kGradQueries = 192;
+constexpr int kGradKeys = 96;
+constexpr int kGradSteps = kGradKeys / kStep;
+constexpr int kGradGroups = kGradQueries / kGroup;
+constexpr int kGradPanels = kGradQueries / kPanel;
+static_assert(kGradQueries % kPanel == 0 && kGradKeys % kStep == 0);
+
+// Who sees whom in a pair of tiles.
+class PairMask {
+ public:
+  bool whole = true;  // every pair is seen
+  Segment segments[kGradPanels][kGradSteps];
+  int counts[kGradPanels];
+
+  // False where no pair is seen.
+  bool load(const MaskBlock& mask, int rows, int64_t k0, int keys) {
+    std::memset(seen_, 0, sizeof seen_);
+    rows_ = rows;
+    groups_ = mask.groups;
+    keys_ = keys;
+    bool any = false;
+    whole = true;
+    for (int p = 0; p * kPanel < rows; p++) {
+      counts[p] = mask.segments(p * kPanelGroups, k0, keys, segments[p],
+                                words_ + p * kGradKeys * kPanelGroups);
+      const int groups = std::min(kPanelGroups, groups_ - p * kPanelGroups);
+      int pairs = 0;
+      for (int i = 0; i < counts[p]; i++) {
+        Segment& s = segments[p][i];
+        s.nb = std::min(s.nb, groups);
+        any = true;
+        whole &= !s.edge;
+        pairs += (s.jb - s.ja) * (s.nb - s.na);
+        for (int j = s.ja; j < s.jb; j += kStep)
+          for (int g = s.na; g < s.nb; g++)
+            seen_[j / kStep][p * kPanelGroups + g] = s.edge ? Seen::kSome : Seen::kAll;
+      }
+      whole &= pairs == keys * groups;
+    }
+    return any;
+  }
+
+  const uint16_t* words(int panel) const { return words_ + panel * kGradKeys * kPanelGroups; }
+  int rows() const { return rows_; }
+  int keys() const { return keys_; }
+  int groups() const { return groups_; }
+  bool none(int j, int g) const { return seen_[j / kStep][g] == Seen::kNone; }
+
+  // The queries [qa, qb) that see some of the keys [ja, jb), and the other way round.
+  void queries_of(int ja, int jb, int* qa, int* qb) const {
+    int ga = kGradGroups, gb = 0;
+    if (whole) ga = 0, gb = groups_;
+    for (int s = ja / kStep; !whole && s * kStep < jb; s++)
+      for (int g = 0; g < groups_; g++)
+        if (seen_[s][g] != Seen::kNone) ga = std::min(ga, g), gb = std::max(gb, g + 1);
+    *qa = std::min(ga * kGroup, rows_);
+    *qb = std::min(gb * kGroup, rows_);
+  }
+  void keys_of(int qa, int qb, int* ja, int* jb) const {
+    int sa = kGradSteps, sb = 0;
+    if (whole) sa = 0, sb = kGradSteps;
+    for (int g = qa / kGroup; !whole && g * kGroup < qb; g++)
+      for (int s = 0; s < kGradSteps; s++)
+        if (seen_[s][g] != Seen::kNone) sa = std::min(sa, s), sb = std::max(sb, s + 1);
+    *ja = std::min(sa * kStep, keys_);
+    *jb = std::min(sb * kStep, keys_);
+  }
+
+  bool sees(int j, int q) const {
+    const int g = q / kGroup;
+    const Seen s = seen_[j / kStep][g];
+    if (s != Seen::kSome) return s == Seen::kAll;
+    return words(g / kPanelGroups)[j * kPanelGroups + g % kPanelGroups] >> (q % kGroup) & 1;
+  }
+
+ private:
+  int rows_ = 0, keys_ = 0, groups_ = 0;
+  Seen seen_[kGradSteps][kGradGroups];
+  alignas(64) uint16_t words_[kGradPanels * kGradKeys * kPanelGroups];
+};
+
+// Weights [key][kGradQueries] and the rows they multiply: of queries in blocks of kGradWidth
+// columns, or of keys.
+template <class T>
+struct Terms {
+  struct Term {
+    const T *weights, *rows;
+  };
+  Term of[2];
+  int count = 0;
+  void add(const T* weights, const T* rows) {
+    if (weights && rows) of[count++] = {weights, rows};
+  }
+};
+
+template <class T>
+TW_INLINE const T* block_row(const T* blocks, int q, int64_t d) {
+  return blocks + d / kGradWidth<T> * kGradQueries * kGradWidth<T> + int64_t{q} * kGradWidth<T> +
+         d % kGradWidth<T>;
+}
+
+// One row of a sum pair by pair, for tiles where 0 times a masked NaN or infinity would spread it.
+template <class T, class In, class Weight, class Row>
+TW_INLINE void add_seen(int n, const In& in, const Weight& weight, const Row& row, T* c,
+                        int64_t columns) {
+  for (int64_t d = 0; d < columns; d += kWidth<T>) {
+    Vec<T> acc = zero<T>();
+    for (int i = 0; i < n; i++)
+      if (in(i)) acc = fma(set1(weight(i)), load(row(i, d)), acc);
+    store(c + d, load(c + d) + acc);
+  }
+}
+
+// c[key] += sum over queries of weights times rows; every term is one chain. Ranges that no pair
+// sees are left out.
+template <class T>
+TW_NOINLINE void sum_over_queries(const PairMask& mask, const Terms<T>& terms, bool finite, T* c,
+                                  int64_t ldc) {
+  for (int t = 0; t < terms.count; t++) {
+    const T *weights = terms.of[t].weights, *blocks = terms.of[t].rows;
+    if (!mask.whole && !finite) {
+      for (int j = 0; j < mask.keys(); j++)
+        add_seen<T>(
+            mask.rows(), [&](int q) { return mask.sees(j, q); },
+            [&](int q) { return weights[j * kGradQueries + q]; },
+            [&](int q, int64_t d) { return block_row(blocks, q, d); }, c + j * ldc, ldc);
+      continue;
+    }
+    for (int j = 0; j < mask.keys(); j += kGradRows) {
+      const int rows = std::min(kGradRows, mask.keys() - j);
+      int qa, qb;
+      mask.queries_of(j, j + rows, &qa, &qb);
+      const T* b = blocks + int64_t{qa} * kGradWidth<T>;
+      for (int64_t d = 0; d < ldc; d += kGradWidth<T>, b += kGradQueries * kGradWidth<T>)
+        add_product<T, false>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, ldc - d)),
+                              weights + j * kGradQueries + qa, kGradQueries, b, kGradWidth<T>,
+                              qb - qa, c + j * ldc + d, ldc);
+    }
+  }
+}
+
+// c[query] += sum over keys of weights times rows, which are `ld` apart like those of c.
+template <class T>
+TW_NOINLINE void sum_over_keys(const PairMask& mask, const Terms<T>& terms, bool finite, T* c,
+                               int64_t ld) {
+  for (int t = 0; t < terms.count; t++) {
+    const T *weights = terms.of[t].weights, *rows = terms.of[t].rows;
+    if (!mask.whole && !finite) {
+      for (int q = 0; q < mask.rows(); q++)
+        add_seen<T>(
+            mask.keys(), [&](int j) { return mask.sees(j, q); },
+            [&](int j) { return weights[j * kGradQueries + q]; },
+            [&](int j, int64_t d) { return rows + j * ld + d; }, c + q * ld, ld);
+      continue;
+    }
+    for (int64_t d = 0; d < ld; d += kGradWidth<T>)
+      for (int q = 0; q < mask.rows(); q += kGradRows) {
+        const int count = std::min(kGradRows, mask.rows() - q);
+        int ja, jb;
+        mask.keys_of(q, q + count, &ja, &jb);
+        add_product<T, true>(count, static_cast<int>(std::min<int64_t>(kGradWidth<T>, ld - d)),
+                             weights + ja * kGradQueries + q, kGradQueries, rows + ja * ld + d, ld,
+                             jb - ja, c + q * ld + d, ld);
+      }
+  }
+}
+
+#include "simd/end.hpp"
