@@ -164,8 +164,9 @@ class ForwardBody {
     auto weights = out_.entropy ? weights_panel<T, true> : weights_panel<T, false>;
     weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_);
     if (dropout_->on) dropout_->apply(segments, count, q0_ + at, k0, s_, nullptr);
-    weighted_sum<T>(in_.v.at<T>(b_, hk_, k0), in_.v.row, static_cast<int>(in_.Dv), s_, words,
-                    segments, count, now_->o + at * in_.Dv, alpha_);
+    const Factor<T> values{in_.v.at<T>(b_, hk_, k0), in_.v.row, s_};
+    weighted_sum<T, 1>(&values, static_cast<int>(in_.Dv), words, segments, count,
+                       now_->o + at * in_.Dv, alpha_);
   }
 
   void chunk_end(bool last) {

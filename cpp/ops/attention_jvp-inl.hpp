@@ -73,8 +73,11 @@ class JvpBody {
     elements(*this, at, k0, segments, count, words);
     if (dropout_->on) dropout_->apply(segments, count, q0_ + at, k0, s_, ts_);
     T* to = to_ + at * in_.Dv;
-    if (logits_move_) weighted_sum<T>(v, in_.v.row, Dv, ts_, words, segments, count, to, ones_);
-    if (tv) weighted_sum<T>(tv, t_.tv.row, Dv, s_, words, segments, count, to, ones_);
+    const Factor<T> moved{v, in_.v.row, ts_}, values{tv, t_.tv.row, s_}, both[] = {moved, values};
+    if (logits_move_ && tv)
+      weighted_sum<T, 2>(both, Dv, words, segments, count, to, ones_);
+    else if (logits_move_ || tv)
+      weighted_sum<T, 1>(tv ? &values : &moved, Dv, words, segments, count, to, ones_);
   }
 
   void chunk_end(bool) {}
@@ -119,13 +122,21 @@ class JvpBody {
                                   int count, const uint16_t* words) {
     for (int n = 0; n < kPanelVecs<T>; n++) {
       const int lane = n * kWidth<T>, group = lane / kGroup;
+      const Elements<PLAIN> elements(body, at, k0, n, words);
       Vec<T> sum[4] = {};  // by key index mod 4
       bool seen = false;
       for (int i = 0; i < count; i++) {
         const Segment& s = segments[i];
         if (group < s.na || group >= s.nb) continue;
         seen = true;
-        body.template elements<PLAIN>(at, k0, s, words, n, sum);
+        int j = s.ja;
+        if (s.edge) {
+          for (; j < s.jb; j++) sum[j & 3] += elements.template at<true>(j);
+        } else {
+          for (; j + 4 <= s.jb; j += 4)
+            TW_UNROLL for (int u = 0; u < 4; u++) sum[u] += elements.template at<false>(j + u);
+          for (; j < s.jb; j++) sum[j & 3] += elements.template at<false>(j);
+        }
       }
       if (!seen) continue;
       T* mu = body.mu_ + at + lane;
@@ -133,37 +144,57 @@ class JvpBody {
     }
   }
 
+  // Register n of the panel at lane `at`.
   template <bool PLAIN>
-  TW_MEMBER void elements(int at, int64_t k0, const Segment& s, const uint16_t* words, int n,
-                          Vec<T>* sum) const {
-    const int lane = n * kWidth<T>;
-    const Vec<T> m = load(m_ + at + lane), l = load(log2_l_ + at + lane);
-    alignas(64) T position[kWidth<T>];
-    positions<T>(q0_ + at + lane + in_.Nk - in_.N - k0, kWidth<T>, position);
-    const Vec<T> pos = load(position);
-    for (int j = s.ja; j < s.jb; j++) {
-      T *p = s_ + int64_t{j} * kPanel + lane, *ts = ts_ + int64_t{j} * kPanel + lane;
-      Vec<T> x = load(p), moved = products_move_ ? load(ts) * splat<T>(kLn2) : zero<T>();
-      if constexpr (!PLAIN) {
-        const int64_t from = int64_t{j} * kPanel + lane;
-        const Vec<T> added = logits_->bias ? load(bias_ + from) : zero<T>();
-        Vec<T> t = zero<T>();
-        x = (*logits_)(x, abs(pos - splat<T>(j)), added, &t);
-        if (logits_->softcap && products_move_)
-          moved = load(ts) * set1(logits_->natural_cap) * fma(-t, t, splat<T>(1));
-        if (t_.tbias) moved += load(tbias_ + from);
-      }
+  struct Elements {
+    const Logits<T>& logits;
+    const uint16_t* words;
+    T *s, *ts;
+    const T *bias, *tbias;  // null where there is none
+    Vec<T> m, l, position;
+    T moves;
+    int n;
+
+    TW_MEMBER Elements(const JvpBody& body, int at, int64_t k0, int reg, const uint16_t* w)
+        : logits(*body.logits_),
+          words(w),
+          s(body.s_ + reg * kWidth<T>),
+          ts(body.ts_ + reg * kWidth<T>),
+          bias(logits.bias ? body.bias_ + reg * kWidth<T> : nullptr),
+          tbias(body.t_.tbias ? body.tbias_ + reg * kWidth<T> : nullptr),
+          m(load(body.m_ + at + reg * kWidth<T>)),
+          l(load(body.log2_l_ + at + reg * kWidth<T>)),
+          moves(body.products_move_ ? static_cast<T>(kLn2) : T{0}),
+          n(reg) {
+      alignas(64) T x[kWidth<T>];
+      positions<T>(body.q0_ + at + reg * kWidth<T> + body.in_.Nk - body.in_.N - k0, kWidth<T>, x);
+      position = load(x);
+    }
+
+    // p ts of key j
+    template <bool EDGE>
+    TW_MEMBER Vec<T> at(int j) const {
+      const int64_t from = int64_t{j} * kPanel;
+      Vec<T> x = load(s + from), moved = zero<T>(), t = zero<T>();
+      if (moves != 0) moved = load(ts + from);
+      if constexpr (!PLAIN)
+        x = logits(x, abs(position - splat<T>(j)), bias ? load(bias + from) : zero<T>(), &t);
+      if (!PLAIN && logits.softcap)
+        moved = moved * set1(logits.natural_cap) * fma(-t, t, splat<T>(1));
+      else
+        moved = moved * set1(moves);
+      if (!PLAIN && tbias) moved += load(tbias + from);
       Vec<T> w = exp2<T>((x - m) - l), d = w * moved;
-      if (s.edge) {
+      if constexpr (EDGE) {
         const Lanes<T> in = edge_lanes<T>(words, j, n);
         w = select(in, w, zero<T>());
         d = select(in, d, zero<T>());
       }
-      store(p, w);
-      store(ts, d);
-      sum[j & 3] += d;
+      store(s + from, w);
+      store(ts + from, d);
+      return d;
     }
-  }
+  };
 
   // tlse = mu with the sink's share, to -= mu o; a row without keys and sink has neither
   void finish() {
@@ -185,7 +216,7 @@ class JvpBody {
         tlse[at + i] = mu;
         if (alive[i] != 0 && (logits_move_ || t_.tsinks))
           add_scaled_row<T>(out_.to.at_mut<T>(b_, h_, q0_ + at + i),
-                            saved_.o.at<T>(b_, h_, q0_ + at + i), in_.Dv, -mu);
+                            saved_.o.at<T>(b_, h_, q0_ + at + i), in_.Dv, set1(-mu));
       }
     }
   }

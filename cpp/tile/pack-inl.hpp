@@ -112,15 +112,17 @@ TW_INLINE void add_row(T* to, const T* from, int64_t n, bool set) {
 
 // to[e] = to[e] + scale * from[e], settling the sign of zero
 template <class T>
-TW_INLINE void add_scaled_row(T* to, const T* from, int64_t n, T scale) {
-  for (int64_t e = 0; e < n; e += kWidth<T>) {
-    const size_t have = sizeof(T) * static_cast<size_t>(std::min<int64_t>(kWidth<T>, n - e));
-    alignas(64) T x[kWidth<T>] = {}, y[kWidth<T>] = {};
-    std::memcpy(x, to + e, have);
-    std::memcpy(y, from + e, have);
-    store(x, fma(set1(scale), load(y), load(x)) + zero<T>());
-    std::memcpy(to + e, x, have);
-  }
+TW_INLINE void add_scaled_row(T* to, const T* from, int64_t n, Vec<T> scale) {
+  int64_t e = 0;
+  for (; e + kWidth<T> <= n; e += kWidth<T>)
+    store(to + e, fma(scale, load(from + e), load(to + e)) + zero<T>());
+  if (e == n) return;
+  const size_t left = sizeof(T) * static_cast<size_t>(n - e);
+  alignas(64) T x[kWidth<T>] = {}, y[kWidth<T>] = {};
+  std::memcpy(x, to + e, left);
+  std::memcpy(y, from + e, left);
+  store(x, fma(scale, load(y), load(x)) + zero<T>());
+  std::memcpy(to + e, x, left);
 }
 
 // Whether every element is finite: x - x is 0 only then.

@@ -119,7 +119,8 @@ TW_INLINE bool scores_of_both(Factor<T> x, Factor<T> y, int depth, const Epilogu
   return x.a || y.a;
 }
 
-// Weighted sum: C[d][lane] = C alpha + sum_j V[j][d] P[j][lane]
+// --- Weighted sum: C[d][lane] = C alpha + sum_j A[j][d] B[j][lane]; with two factors the sum goes
+// on over the second ---------
 
 // Keys of one chain. delta = rowsum(do o) inherits the error of o, and dq that of delta times the
 // mean key: chains of 64 keys halve the error of o and dq on real heads against chains of 256,
@@ -151,22 +152,25 @@ TW_INLINE void weighted_run(Vec<T> (&acc)[MR][kVecBlock], const T* v, int64_t ld
 }
 
 // Keys [begin, begin + kChainKeys) of the tile; the first such run rescales C even where it sees
-// nothing.
-template <class T, int MR>
-TW_INLINE void weighted_chain(const T* v, int64_t ldv, const T* p, const uint16_t* words,
-                              const Segment* segments, int count, int begin, T* c, const T* alpha,
-                              int n0) {
+// nothing. Columns from d, registers from n0.
+template <class T, int MR, int COUNT>
+TW_INLINE void weighted_chain(const Factor<T>* factors, const uint16_t* words,
+                              const Segment* segments, int count, int begin, int d, T* c,
+                              const T* alpha, int n0) {
   Vec<T> acc[MR][kVecBlock];
   TW_UNROLL for (int i = 0; i < MR; i++) TW_UNROLL for (int n = 0; n < kVecBlock; n++) acc[i][n] =
       zero<T>();
   bool some = begin == 0;
-  for (int k = 0; k < count; k++) {
-    const Segment& s = segments[k];
-    const int na = std::max(s.na * kRegs<T> - n0, 0),
-              nb = std::min(s.nb * kRegs<T> - n0, kVecBlock);
-    const int ja = std::max(s.ja, begin), jb = std::min(s.jb, begin + kChainKeys);
-    if (na >= nb || ja >= jb) continue;
-    some = true;
+  for (int f = 0; f < COUNT; f++) {
+    const int64_t ldv = factors[f].lda;
+    const T *v = factors[f].a + d, *p = factors[f].b + n0 * kWidth<T>;
+    for (int k = 0; k < count; k++) {
+      const Segment& s = segments[k];
+      const int na = std::max(s.na * kRegs<T> - n0, 0),
+                nb = std::min(s.nb * kRegs<T> - n0, kVecBlock);
+      const int ja = std::max(s.ja, begin), jb = std::min(s.jb, begin + kChainKeys);
+      if (na >= nb || ja >= jb) continue;
+      some = true;
 #define TW_RUN(A, B)                                                       \
   case A * 4 + B:                                                          \
     if (s.edge)                                                            \
@@ -174,53 +178,46 @@ TW_INLINE void weighted_chain(const T* v, int64_t ldv, const T* p, const uint16_
     else                                                                   \
       weighted_run<T, MR, A, B, false>(acc, v, ldv, p, words, ja, jb, n0); \
     break;
-    switch (na * 4 + nb) {
-      TW_RUN(0, 1) TW_RUN(0, 2) TW_RUN(0, 3) TW_RUN(1, 2) TW_RUN(1, 3) TW_RUN(2, 3)
-    }
+      switch (na * 4 + nb) {
+        TW_RUN(0, 1) TW_RUN(0, 2) TW_RUN(0, 3) TW_RUN(1, 2) TW_RUN(1, 3) TW_RUN(2, 3)
+      }
 #undef TW_RUN
+    }
   }
   if (!some) return;
   TW_UNROLL for (int n = 0; n < kVecBlock; n++) {
     const Vec<T> al = begin == 0 ? load(alpha + n * kWidth<T>) : splat<T>(1);
     TW_UNROLL for (int i = 0; i < MR; i++) {
-      T* to = c + i * kPanel + n * kWidth<T>;
+      T* to = c + int64_t{d + i} * kPanel + n * kWidth<T>;
       store(to, fma(load(to), al, acc[i][n]));
     }
   }
 }
 
-template <class T, int MR>
-TW_INLINE void weighted_block(const T* v, int64_t ldv, const T* p, const uint16_t* words,
-                              const Segment* segments, int count, T* c, const T* alpha, int n0) {
+template <class T, int MR, int COUNT>
+TW_INLINE void weighted_block(const Factor<T>* factors, const uint16_t* words,
+                              const Segment* segments, int count, int d, T* c, const T* alpha,
+                              int n0) {
   const int end = segments[count - 1].jb;
   for (int begin = 0; begin < end; begin += kChainKeys)
-    weighted_chain<T, MR>(v, ldv, p, words, segments, count, begin, c, alpha, n0);
+    weighted_chain<T, MR, COUNT>(factors, words, segments, count, begin, d, c, alpha, n0);
 }
 
-template <class T>
-TW_NOINLINE void weighted_sum(const T* v, int64_t ldv, int columns, const T* p,
-                              const uint16_t* words, const Segment* segments, int count, T* c,
-                              const T* alpha) {
+template <class T, int COUNT>
+TW_NOINLINE void weighted_sum(const Factor<T>* factors, int columns, const uint16_t* words,
+                              const Segment* segments, int count, T* c, const T* alpha) {
   for (int n0 = 0; n0 < kPanelVecs<T>; n0 += kVecBlock) {
-    const T* pn = p + n0 * kWidth<T>;
-    const T* an = alpha + n0 * kWidth<T>;
-    T* cn = c + n0 * kWidth<T>;
+    auto block = [&](auto rows, int d) __attribute__((always_inline)) {
+      weighted_block<T, rows(), COUNT>(factors, words, segments, count, d, c + n0 * kWidth<T>,
+                                       alpha + n0 * kWidth<T>, n0);
+    };
     int d = 0;
     for (; d + kRowBlock <= columns; d += kRowBlock)
-      weighted_block<T, kRowBlock>(v + d, ldv, pn, words, segments, count, cn + int64_t{d} * kPanel,
-                                   an, n0);
+      block(std::integral_constant<int, kRowBlock>{}, d);
     if constexpr (kRowBlock > 4)
-      if (d + 4 <= columns)
-        weighted_block<T, 4>(v + d, ldv, pn, words, segments, count, cn + int64_t{d} * kPanel, an,
-                             n0),
-            d += 4;
-    if (d + 2 <= columns)
-      weighted_block<T, 2>(v + d, ldv, pn, words, segments, count, cn + int64_t{d} * kPanel, an,
-                           n0),
-          d += 2;
-    if (d < columns)
-      weighted_block<T, 1>(v + d, ldv, pn, words, segments, count, cn + int64_t{d} * kPanel, an,
-                           n0);
+      if (d + 4 <= columns) block(std::integral_constant<int, 4>{}, d), d += 4;
+    if (d + 2 <= columns) block(std::integral_constant<int, 2>{}, d), d += 2;
+    if (d < columns) block(std::integral_constant<int, 1>{}, d);
   }
 }
 
