@@ -43,16 +43,22 @@ def inputs(dtype: Any, shape: tuple[int, ...] = (B, H, HK, N, NK)) -> tuple[np.n
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
-def both_ways(
+def every_way(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, **options: Any
 ) -> list[np.ndarray]:
-    """Every array that the forward and the backward return."""
+    """Every array that the forward pass and its derivatives return."""
     statistics = {f"return_{name}": True for name in ("lse", "stats", "max_logit", "entropy")}
     made = tw.numpy.attention(q, k, v, **statistics, **options)
     grads = tw.numpy.attention_vjp(
         do, q, k, v, made.o, made.stats, dlse=np.ones_like(made.lse), **options
     )
     arrays = [made.o, made.lse, *made.stats, made.max_logit, made.entropy, *grads]
+    tangents = {f"t{name}": x[::-1, ::-1] for name, x in (("q", q), ("k", k), ("v", v))}
+    tangents |= {f"t{name}": options[name][::-1] for name in ("bias", "sinks") if name in options}
+    given = {"o": made.o, "stats": made.stats, **options}
+    arrays += tw.numpy.attention_jvp(q=q, k=k, v=v, **tangents, **given)
+    arrays += tw.numpy.attention_forward_jvp(q=q, k=k, v=v, **tangents, **options)[1]
+    arrays += tw.numpy.attention_vjp_jvp(do, q=q, k=k, v=v, **tangents, tdo=-do, **given)
     return [array for array in arrays if array is not None]
 
 
@@ -63,6 +69,8 @@ def extras(dtype: Any) -> dict[str, Any]:
         "alibi_slopes": np.linspace(0.0, 0.2, H).astype(dtype),
         "sinks": rng.standard_normal(H).astype(dtype),
         "softcap": 7.0,
+        "dropout_p": 0.3,
+        "seed": 2**40 + 1,
     }
 
 
@@ -83,8 +91,8 @@ def assert_close(got: list[np.ndarray], wanted: list[np.ndarray]) -> None:
 def test_core_agrees_with_the_reference(dtype: Any, mask: Any, plain: bool) -> None:
     options = {} if plain else extras(dtype)
     tensors = inputs(dtype)
-    got = both_ways(*tensors, mask=mask, implementation="cpu", **options)
-    assert_close(got, both_ways(*tensors, mask=mask, implementation="reference", **options))
+    got = every_way(*tensors, mask=mask, implementation="cpu", **options)
+    assert_close(got, every_way(*tensors, mask=mask, implementation="reference", **options))
 
 
 def test_targets_and_threads_give_the_same_bits() -> None:
@@ -93,7 +101,7 @@ def test_targets_and_threads_give_the_same_bits() -> None:
     for target, threads in itertools.product(_core.targets(), (1, 2, 3)):
         _core.set_target(target)
         _core.set_num_threads(threads)
-        results.append([x.tobytes() for x in both_ways(*tensors, mask=tw.causal())])
+        results.append([x.tobytes() for x in every_way(*tensors, mask=tw.causal())])
     assert all(result == results[0] for result in results)
 
 
@@ -103,7 +111,7 @@ def test_empty_dimensions_work(empty: str) -> None:
         0 if name == empty else size
         for name, size in {"B": 2, "H": 4, "Hk": 2, "N": 5, "Nk": 7}.items()
     )
-    for array in both_ways(*inputs(np.float32, shape), implementation="cpu"):
+    for array in every_way(*inputs(np.float32, shape), implementation="cpu"):
         assert not np.isnan(array).any()
 
 
@@ -113,15 +121,15 @@ def test_strided_inputs_are_read_in_place() -> None:
     for target, source in zip(wide, (q, k, v), strict=True):
         target[..., : source.shape[-1]] = source
     views = [x[..., : source.shape[-1]] for x, source in zip(wide, (q, k, v), strict=True)]
-    for one, other in zip(both_ways(*views, do), both_ways(q, k, v, do), strict=True):
+    for one, other in zip(every_way(*views, do), every_way(q, k, v, do), strict=True):
         assert one.tobytes() == other.tobytes()
 
 
 def test_calls_from_several_python_threads_at_once() -> None:
     _core.set_num_threads(2)
     tensors = inputs(np.float32)
-    wanted = [x.tobytes() for x in both_ways(*tensors)]
+    wanted = [x.tobytes() for x in every_way(*tensors)]
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(both_ways, *tensors) for _ in range(8)]
+        jobs = [pool.submit(every_way, *tensors) for _ in range(8)]
         for job in jobs:
             assert [x.tobytes() for x in job.result()] == wanted

@@ -230,28 +230,47 @@ AttentionCotangents cotangents_of(const AttentionInputs& in, const In& q, const 
   return ct;
 }
 
+AttentionResults results_of(const AttentionInputs& in, const In& q, const Out& o,
+                            const Maybe<Out>& m, const Maybe<Out>& log_l, const Maybe<Out>& lse,
+                            const Maybe<Out>& max_logit, const Maybe<Out>& entropy) {
+  AttentionResults out;
+  out.o = rows(o, "o", q.dtype(), {in.B, in.H, in.N, in.Dv});
+  out.m = values(m, "m", q.dtype(), {in.B, in.H, in.N});
+  out.log_l = values(log_l, "log_l", q.dtype(), {in.B, in.H, in.N});
+  out.lse = values(lse, "lse", q.dtype(), {in.B, in.H, in.N});
+  out.max_logit = values(max_logit, "max_logit", q.dtype(), {in.B, in.H, in.N});
+  out.entropy = values(entropy, "entropy", q.dtype(), {in.B, in.H, in.N});
+  return out;
+}
+
+AttentionOutputTangents output_tangents_of(const AttentionInputs& in, const In& q, const Out& to,
+                                           const Out& tlse) {
+  return {rows(to, "to", q.dtype(), {in.B, in.H, in.N, in.Dv}),
+          values(Maybe<Out>(tlse), "tlse", q.dtype(), {in.B, in.H, in.N})};
+}
+
 void forward(In q, In k, In v, Out o, Maybe<Out> m, Maybe<Out> log_l, Maybe<Out> lse,
              Maybe<Out> max_logit, Maybe<Out> entropy, TW_OPTIONS) {
   const AttentionInputs in = TW_ARGUMENTS.inputs();
-  const auto dtype = q.dtype();
-  AttentionResults out;
-  out.o = rows(o, "o", dtype, {in.B, in.H, in.N, in.Dv});
-  out.m = values(m, "m", dtype, {in.B, in.H, in.N});
-  out.log_l = values(log_l, "log_l", dtype, {in.B, in.H, in.N});
-  out.lse = values(lse, "lse", dtype, {in.B, in.H, in.N});
-  out.max_logit = values(max_logit, "max_logit", dtype, {in.B, in.H, in.N});
-  out.entropy = values(entropy, "entropy", dtype, {in.B, in.H, in.N});
-  with_functions(q, [&](const auto& f) { f.forward(in, out); });
+  const AttentionResults out = results_of(in, q, o, m, log_l, lse, max_logit, entropy);
+  with_functions(q, [&](const auto& f) { f.forward(in, out, nullptr, {}); });
 }
 
+void forward_jvp(In q, In k, In v, Out o, Maybe<Out> m, Maybe<Out> log_l, Maybe<Out> lse,
+                 Maybe<Out> max_logit, Maybe<Out> entropy, Maybe<In> tq, Maybe<In> tk, Maybe<In> tv,
+                 Maybe<In> tbias, Maybe<In> tsinks, Out to, Out tlse, TW_OPTIONS) {
+  const AttentionInputs in = TW_ARGUMENTS.inputs();
+  const AttentionResults out = results_of(in, q, o, m, log_l, lse, max_logit, entropy);
+  const AttentionTangents tangents = tangents_of(in, q, tq, tk, tv, tbias, tsinks);
+  const AttentionOutputTangents moved = output_tangents_of(in, q, to, tlse);
+  with_functions(q, [&](const auto& f) { f.forward(in, out, &tangents, moved); });
+}
 void jvp(In q, In k, In v, In o, In m, In log_l, Maybe<In> tq, Maybe<In> tk, Maybe<In> tv,
          Maybe<In> tbias, Maybe<In> tsinks, Out to, Out tlse, TW_OPTIONS) {
   const AttentionInputs in = TW_ARGUMENTS.inputs();
   const AttentionSaved saved = saved_of(in, q, o, m, log_l);
   const AttentionTangents tangents = tangents_of(in, q, tq, tk, tv, tbias, tsinks);
-  const AttentionOutputTangents out{
-      rows(to, "to", q.dtype(), {in.B, in.H, in.N, in.Dv}),
-      values(Maybe<Out>(tlse), "tlse", q.dtype(), {in.B, in.H, in.N})};
+  const AttentionOutputTangents out = output_tangents_of(in, q, to, tlse);
   with_functions(q, [&](const auto& f) { f.jvp(in, saved, tangents, out); });
 }
 
@@ -289,6 +308,12 @@ void bind_attention(nb::module_& m) {
         nb::kw_only(), nb::arg("m").none(), nb::arg("log_l").none(), nb::arg("lse").none(),
         nb::arg("max_logit").none(), nb::arg("entropy").none(), TW_OPTION_NAMES,
         "Write o and the row results that are given; softcap 0 is none.");
+  m.def("attention_forward_jvp", forward_jvp, nb::arg("q"), nb::arg("k"), nb::arg("v"),
+        nb::arg("o"), nb::kw_only(), nb::arg("m").none(), nb::arg("log_l").none(),
+        nb::arg("lse").none(), nb::arg("max_logit").none(), nb::arg("entropy").none(),
+        nb::arg("tq").none(), nb::arg("tk").none(), nb::arg("tv").none(), nb::arg("tbias").none(),
+        nb::arg("tsinks").none(), nb::arg("to"), nb::arg("tlse"), TW_OPTION_NAMES,
+        "Write what attention_forward writes, and to and tlse.");
   m.def("attention_jvp", jvp, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("o"), nb::arg("m"),
         nb::arg("log_l"), nb::kw_only(), nb::arg("tq").none(), nb::arg("tk").none(),
         nb::arg("tv").none(), nb::arg("tbias").none(), nb::arg("tsinks").none(), nb::arg("to"),

@@ -38,7 +38,8 @@ Body& placed(Body& body) {
 template <class Body, class... Args>
 void by_query_blocks(const AttentionInputs& in, const Args&... args) {
   using T = typename Body::Element;
-  const int64_t panel_bytes = Body::block_columns(in) * kPanel * static_cast<int64_t>(sizeof(T));
+  const int64_t panel_bytes =
+      Body::block_columns(in, args...) * kPanel * static_cast<int64_t>(sizeof(T));
   const int64_t wanted = (in.N + kPanel - 1) / kPanel;
   int64_t panels = std::clamp<int64_t>(kBlockBytes / panel_bytes, 1,
                                        std::min<int64_t>(kMaxBlock / kPanel, wanted));
@@ -84,12 +85,13 @@ void forward_decode(const AttentionInputs& in, const AttentionResults& out) {
 }
 
 template <class T>
-void forward(const AttentionInputs& in, const AttentionResults& out) {
+void forward(const AttentionInputs& in, const AttentionResults& out,
+             const AttentionTangents* tangents, const AttentionOutputTangents& out_tangents) {
   if (in.B * in.H * in.N == 0) return;
-  if (in.N <= kDecodeQueries)
+  if (in.N <= kDecodeQueries && !tangents)
     forward_decode<T>(in, out);
   else
-    by_query_blocks<ForwardBody<T>>(in, out);
+    by_query_blocks<ForwardBody<T>>(in, out, tangents, out_tangents);
 }
 
 template <class T>

@@ -82,7 +82,10 @@ struct AttentionSecond {
 // One target's functions. They throw std::bad_alloc; nothing is promised of the outputs then.
 template <class T>
 struct AttentionFunctions {
-  void (*forward)(const AttentionInputs&, const AttentionResults&);
+  // with `tangents` the JVP beside the forward pass, else the last argument is not looked at
+  void (*forward)(const AttentionInputs&, const AttentionResults&,
+                  const AttentionTangents* tangents, const AttentionOutputTangents&);
+  // the JVP of a forward pass that was made before
   void (*jvp)(const AttentionInputs&, const AttentionSaved&, const AttentionTangents&,
               const AttentionOutputTangents&);
   // the VJP; with `second` the JVP of the VJP, whose results are the tangents of the gradients

@@ -1,4 +1,5 @@
 // The forward body: queries in lanes, one panel of 48 queries at a time against a tile of keys.
+// With tangents of the inputs it folds those of the outputs beside the softmax state.
 #pragma once
 #include "ops/attention_logits-inl.hpp"
 #include "runtime/workspace.hpp"
@@ -37,12 +38,16 @@ struct StoreMax {
   };
 };
 
-// Softmax states of the panels of one block, columns of o in [panel][Dv][kPanel].
+// Softmax states of the panels of one block, columns of o in [panel][Dv][kPanel]. With tangents
+// also to, the sum of w ts v + w tv, and mu, that of w ts.
 template <class T>
 struct States {
-  T *o, *m, *l, *e;
+  T *o, *m, *l, *e, *to, *mu;
   void clear(int panels, int Dv) {
-    std::memset(o, 0, sizeof(T) * static_cast<size_t>(panels) * Dv * kPanel);
+    const size_t lanes = static_cast<size_t>(panels) * kPanel;
+    std::memset(o, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
+    if (to) std::memset(to, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
+    if (mu) std::memset(mu, 0, sizeof(T) * lanes);
     for (int i = 0; i < panels * kPanel; i++)
       m[i] = -std::numeric_limits<T>::infinity(), l[i] = 0, e[i] = 0;
   }
@@ -91,14 +96,47 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
   }
 }
 
+// In place: ts becomes w ts, with the weights w; mu gains its row sums after the rescaling alpha.
+template <class T>
+TW_NOINLINE void moments_panel(const T* w, T* ts, const Segment* segments, int count,
+                               const uint16_t* words, T unit, T* mu, const T* alpha) {
+  for (int n = 0; n < kPanelVecs<T>; n++) {
+    const int at = n * kWidth<T>, group = at / kGroup;
+    Vec<T> sum[4] = {};  // by key index mod 4
+    auto one = [&](int j, bool edge) __attribute__((always_inline)) {
+      T* to = ts + int64_t{j} * kPanel + at;
+      Vec<T> d = load(to) * set1(unit) * load(w + int64_t{j} * kPanel + at);
+      if (edge) d = select(edge_lanes<T>(words, j, n), d, zero<T>());
+      store(to, d);
+      return d;
+    };
+    for (int k = 0; k < count; k++) {
+      const Segment& g = segments[k];
+      if (group < g.na || group >= g.nb) continue;
+      int j = g.ja;
+      for (; !g.edge && j + 4 <= g.jb; j += 4)
+        TW_UNROLL for (int i = 0; i < 4; i++) sum[i] += one(j + i, false);
+      for (; j < g.jb; j++) sum[j & 3] += one(j, g.edge);
+    }
+    store(mu + at, fma(load(mu + at), load(alpha + at), (sum[0] + sum[2]) + (sum[1] + sum[3])));
+  }
+}
+
 template <class T>
 class ForwardBody {
  public:
   using Element = T;
-  static int64_t block_columns(const AttentionInputs& in) { return in.D + 2 * in.Dv; }
+  static int64_t block_columns(const AttentionInputs& in, const AttentionResults&,
+                               const AttentionTangents* tangents, const AttentionOutputTangents&) {
+    return (in.D + 2 * in.Dv) * (tangents ? 2 : 1);
+  }
 
-  ForwardBody(const AttentionInputs& in, const AttentionResults& out, int max_panels)
-      : in_(in), out_(out), panels_(max_panels) {}
+  ForwardBody(const AttentionInputs& in, const AttentionResults& out,
+              const AttentionTangents* tangents, const AttentionOutputTangents& out_tangents,
+              int max_panels)
+      : in_(in), out_(out), t_(tangents), out_t_(out_tangents), panels_(max_panels) {
+    logits_move_ = t_ && (t_->tq || t_->tk || t_->tbias);
+  }
 
   void place(Arena& arena) {
     const int64_t lanes = int64_t{panels_} * kPanel;
@@ -108,7 +146,12 @@ class ForwardBody {
       s.m = arena.take<T>(lanes);
       s.l = arena.take<T>(lanes);
       s.e = arena.take<T>(lanes);
+      s.to = t_ ? arena.take<T>(in_.Dv * lanes) : nullptr;
+      s.mu = t_ ? arena.take<T>(lanes) : nullptr;
     }
+    tq_ = arena.take<T>(t_ && t_->tq ? in_.D * lanes : 0);
+    ts_ = arena.take<T>(t_ ? kTileKeys * kPanel : 0);
+    tbias_ = arena.take<T>(t_ && t_->tbias ? kTileKeys * kPanel : 0);
     s_ = arena.take<T>(kTileKeys * kPanel);
     bias_ = arena.take<T>(in_.bias ? kTileKeys * kPanel : 0);
     top_ = arena.take<T>(kPanel);
@@ -125,14 +168,14 @@ class ForwardBody {
     const Dropout<T> dropout(in_, b, h);
     dropout_ = &dropout;
     used_ = (rows + kPanel - 1) / kPanel;
-    for (int g = 0; g * kGroup < rows; g++)
-      pack_lanes<T>(in_.q.at<T>(b, h, q0 + g * kGroup), in_.q.row, static_cast<int>(in_.D),
-                    std::min(kGroup, rows - g * kGroup), logits.q_scale, q_ + panel(g, in_.D));
+    pack(in_.q, h, q_);
+    if (t_ && t_->tq) pack(t_->tq, h, tq_);
     now_ = &states_[0];
     total_ = &states_[1];
     first_ = true;
     touched_ = -1;
     now_->clear(used_, static_cast<int>(in_.Dv));
+    h_ = h;
     mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
     walk(mask, in_.Nk, *this);
     if (first_) chunk_end(true);
@@ -159,14 +202,27 @@ class ForwardBody {
       else
         scores<T>(k, in_.k.row, q, depth, StoreMax<T, false>{s_, top_, words}, segments[i]);
     }
-    if (!logits_->plain) apply_options(p, k0, segments, count, words);
     const int at = p * kPanel;
+    if (logits_move_) move_logits(p, k0, segments, count);
+    if (!logits_->plain) apply_options(p, k0, segments, count, words);
     auto weights = out_.entropy ? weights_panel<T, true> : weights_panel<T, false>;
     weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_);
-    if (dropout_->on) dropout_->apply(segments, count, q0_ + at, k0, s_, nullptr);
+    if (logits_move_)
+      moments_panel<T>(s_, ts_, segments, count, words,
+                       options_move() ? T{1} : static_cast<T>(kLn2), now_->mu + at, alpha_);
+    if (dropout_->on)
+      dropout_->apply(segments, count, q0_ + at, k0, s_, logits_move_ ? ts_ : nullptr);
+    const int Dv = static_cast<int>(in_.Dv);
     const Factor<T> values{in_.v.at<T>(b_, hk_, k0), in_.v.row, s_};
-    weighted_sum<T, 1>(&values, static_cast<int>(in_.Dv), words, segments, count,
-                       now_->o + at * in_.Dv, alpha_);
+    weighted_sum<T, 1>(&values, Dv, words, segments, count, now_->o + at * in_.Dv, alpha_);
+    if (!t_) return;
+    const Factor<T> moved[] = {{values.a, values.lda, ts_},
+                               {t_->tv ? t_->tv.at<T>(b_, hk_, k0) : nullptr, t_->tv.row, s_}};
+    T* to = now_->to + at * in_.Dv;
+    if (logits_move_ && t_->tv)
+      weighted_sum<T, 2>(moved, Dv, words, segments, count, to, alpha_);
+    else if (logits_move_ || t_->tv)
+      weighted_sum<T, 1>(moved + (t_->tv ? 1 : 0), Dv, words, segments, count, to, alpha_);
   }
 
   void chunk_end(bool last) {
@@ -182,6 +238,44 @@ class ForwardBody {
  private:
   static int64_t panel(int g, int64_t columns) {
     return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup;
+  }
+
+  void pack(const View4& x, int64_t h, T* to) const {
+    for (int g = 0; g * kGroup < rows_; g++)
+      pack_lanes<T>(x.at<T>(b_, h, q0_ + g * kGroup), x.row, static_cast<int>(in_.D),
+                    std::min(kGroup, rows_ - g * kGroup), logits_->q_scale, to + panel(g, in_.D));
+  }
+
+  bool options_move() const { return logits_->softcap || t_->tbias; }
+
+  // ts, the moved products, and with options the moved logits; s still holds the raw products
+  // where there are options.
+  __attribute__((noinline)) void move_logits(int p, int64_t k0, const Segment* segments,
+                                             int count) {
+    const int64_t q = q0_ + int64_t{p} * kPanel;
+    const int rows = std::min(kPanel, rows_ - p * kPanel), D = static_cast<int>(in_.D);
+    const Factor<T> x{t_->tq ? in_.k.at<T>(b_, hk_, k0) : nullptr, in_.k.row,
+                      tq_ + int64_t{p} * in_.D * kPanel},
+        y{t_->tk ? t_->tk.at<T>(b_, hk_, k0) : nullptr, t_->tk.row,
+          q_ + int64_t{p} * in_.D * kPanel};
+    for (int i = 0; i < count; i++) {
+      const Segment& g = segments[i];
+      const bool moved = scores_of_both<T>(x, y, D, StoreScores<T>{ts_}, g);
+      if (t_->tbias) BiasHead<T>(t_->tbias, b_, h_).panel(q, rows, k0, g.ja, g.jb, tbias_);
+      if (!options_move()) continue;
+      for (int n = g.na * kRegs<T>; n < g.nb * kRegs<T>; n++)
+        for (int j = g.ja; j < g.jb; j++) {
+          const int64_t at = int64_t{j} * kPanel + n * kWidth<T>;
+          Vec<T> ts = zero<T>();
+          if (moved && logits_->softcap) {
+            const Vec<T> t = tanh<T>(load(s_ + at));
+            ts = load(ts_ + at) * set1(logits_->natural_cap) * fma(-t, t, splat<T>(1));
+          } else if (moved) {
+            ts = load(ts_ + at) * splat<T>(kLn2);
+          }
+          store(ts_ + at, t_->tbias ? ts + load(tbias_ + at) : ts);
+        }
+    }
   }
 
   __attribute__((noinline)) static void options_panel(const Logits<T>& logits, const T* bias, T* s,
@@ -225,11 +319,42 @@ class ForwardBody {
       store(total_->l + at, merge(la, lb));
       store(total_->e + at,
             merge.entropy(load(total_->e + at), la, ma, load(now_->e + at), lb, mb));
-      T* x = total_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
-      const T* y = now_->o + at / kPanel * in_.Dv * kPanel + at % kPanel;
-      for (int64_t d = 0; d < in_.Dv; d++)
-        store(x + d * kPanel, merge(load(x + d * kPanel), load(y + d * kPanel)));
+      const int64_t from = at / kPanel * in_.Dv * kPanel + at % kPanel;
+      merge_columns(merge, total_->o + from, now_->o + from);
+      if (!t_) continue;
+      merge_columns(merge, total_->to + from, now_->to + from);
+      store(total_->mu + at, merge(load(total_->mu + at), load(now_->mu + at)));
     }
+  }
+
+  void merge_columns(const Merge<T>& merge, T* x, const T* y) const {
+    for (int64_t d = 0; d < in_.Dv; d++)
+      store(x + d * kPanel, merge(load(x + d * kPanel), load(y + d * kPanel)));
+  }
+
+  // tlse = mu with the sink's share, to = sum - mu o
+  void finish_tangents(int g, int rows, const RowEnd<T>& end, T sink) {
+    const int at = g * kGroup;
+    alignas(64) T mu[kGroup];
+    for (int i = 0; i < kGroup; i += kWidth<T>) {
+      const Vec<T> scale = load(end.o_scale + i);
+      Vec<T> x = select(equal(scale, zero<T>()), zero<T>(), load(total_->mu + at + i) * scale);
+      if (in_.sinks && t_->tsinks && sink != -std::numeric_limits<T>::infinity()) {
+        const Vec<T> z = set1(sink * static_cast<T>(kLog2e)) - load(end.m + i);
+        const Vec<T> p = exp2<T>(-max(zero<T>(), load(end.log_l + i) * splat<T>(kLog2e) - z));
+        x = fma(p, set1(static_cast<const T*>(t_->tsinks)[h_]), x);
+      }
+      store(mu + i, x + zero<T>());
+    }
+    RowEnd<T>::put(out_t_.tlse, (b_ * in_.H + h_) * in_.N + q0_ + at, mu, rows);
+    T* to = out_t_.to.at_mut<T>(b_, h_, q0_ + at);
+    unpack_lanes<T>(total_->to + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale, to,
+                    out_t_.to.row);
+    if (!logits_move_ && !t_->tsinks) return;
+    for (int i = 0; i < rows; i++)
+      if (end.o_scale[i] != 0)
+        add_scaled_row<T>(to + i * out_t_.to.row, out_.o.at<T>(b_, h_, q0_ + at + i), in_.Dv,
+                          set1(-mu[i]));
   }
 
   void finish(int64_t h) {
@@ -242,18 +367,23 @@ class ForwardBody {
       end.write(out_, (b_ * in_.H + h) * in_.N + q0_ + at, rows);
       unpack_lanes<T>(total_->o + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale,
                       out_.o.at_mut<T>(b_, h, q0_ + at), out_.o.row);
+      if (t_) finish_tangents(g, rows, end, sink[0]);
     }
   }
 
   const AttentionInputs& in_;
   const AttentionResults& out_;
+  const AttentionTangents* t_;  // null where there are none
+  const AttentionOutputTangents& out_t_;
+  bool logits_move_;
   const Logits<T>* logits_ = nullptr;
   const Dropout<T>* dropout_ = nullptr;
   int panels_, used_ = 0, rows_ = 0;
-  int64_t b_ = 0, hk_ = 0, q0_ = 0;
+  int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;
   int64_t touched_ = -1;
-  T *q_ = nullptr, *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr;
+  T *q_ = nullptr, *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr,
+    *tq_ = nullptr, *ts_ = nullptr, *tbias_ = nullptr;
   States<T> states_[2] = {}, *now_ = nullptr, *total_ = nullptr;
 };
 

@@ -9,7 +9,10 @@ template <class T>
 class JvpBody {
  public:
   using Element = T;
-  static int64_t block_columns(const AttentionInputs& in) { return 2 * in.D + in.Dv; }
+  template <class... Args>
+  static int64_t block_columns(const AttentionInputs& in, const Args&...) {
+    return 2 * in.D + in.Dv;
+  }
 
   JvpBody(const AttentionInputs& in, const AttentionSaved& saved, const AttentionTangents& tangents,
           const AttentionOutputTangents& out, int max_panels)

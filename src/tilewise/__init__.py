@@ -7,6 +7,7 @@ combined with `&` and `|`.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from .base.masks import (
     sink_tokens,
     window,
 )
-from .ops.attention.spec import AttentionGrads, RowStats
+from .ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 from .shared.softmax_state import SoftmaxState, merge
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionGrads",
     "Mask",
+    "OutputTangents",
     "RowStats",
     "SoftmaxState",
     "Unsupported",
@@ -54,9 +56,10 @@ __all__ = [
     "window",
 ]
 
-_FRONTENDS = {"numpy": "tilewise.numpy"}
+_FRONTENDS = {"numpy": "tilewise.numpy", "torch": "tilewise.torch"}
 _LAZY = {
     "numpy": ("tilewise.numpy", None),
+    "torch": ("tilewise.torch", None),
     "verify": ("tilewise.verify", None),
     "verify_gradients": ("tilewise.verify.gradients", "verify_gradients"),
 }
@@ -82,7 +85,8 @@ def attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
     for base in type(q).__mro__:
         frontend = _FRONTENDS.get(base.__module__.partition(".")[0])
         if frontend is not None:
-            return import_module(frontend).attention(q, k, v, **options)
+            module = sys.modules.get(frontend) or import_module(frontend)
+            return module.attention(q, k, v, **options)
     raise type_error("attention", "q", "be a numpy.ndarray", type(q).__name__)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,26 @@ BAD: list[tuple[Change, type[Exception], str]] = [
         ValueError,
         "sinks must be finite or -inf, got inf",
     ),
+    (replaced(dropout_p=-0.1), ValueError, "dropout_p must be from 0 to 1, got -0.1"),
+    (replaced(dropout_p=1.5, seed=0), ValueError, "dropout_p must be from 0 to 1, got 1.5"),
+    (replaced(dropout_p=float("nan")), ValueError, "dropout_p must be from 0 to 1, got nan"),
+    (replaced(dropout_p=True, seed=0), TypeError, "dropout_p must be a real number, got bool"),
+    (replaced(dropout_p=None), TypeError, "dropout_p must be a real number, got NoneType"),
+    (
+        replaced(dropout_p=0.5),
+        TypeError,
+        "seed must be an integer where dropout_p is above 0, got None",
+    ),
+    (replaced(dropout_p=0.5, seed=-1), ValueError, "seed must be from 0 to 2**64 - 1, got -1"),
+    (
+        replaced(seed=np.float64(3)),
+        TypeError,
+        "seed must be an integer, got float64",
+    ),
+    (replaced(seed=2**64), ValueError, f"seed must be from 0 to 2**64 - 1, got {2**64}"),
+    (replaced(seed=True), TypeError, "seed must be an integer, got bool"),
+    (replaced(seed=np.True_), TypeError, f"seed must be an integer, got {type(np.True_).__name__}"),
+    (replaced(seed="7"), TypeError, "seed must be an integer, got str"),
     (replaced(layout="bdhn"), ValueError, "layout must be 'bhnd' or 'bnhd', got 'bdhn'"),
     (replaced(layout=0), TypeError, "layout must be a string, got int"),
     (
@@ -323,6 +344,64 @@ def test_bad_mask_raises(mask: Any, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind) as caught:
         tw.numpy.attention(**good(), mask=mask)
     assert str(caught.value).startswith(f"attention: {text}")
+
+
+def lowered(**changed: Any) -> Any:
+    """Return the row intervals or packed bits of this problem, with an array replaced."""
+    mask = tw.causal() if "rows" in changed else tw.dense(np.arange(N * NK).reshape(N, NK) % 2 == 0)
+    return replace(mask.lower(B, H, N, NK), **changed)
+
+
+ROW_INTERVALS = "mask rows must have shape (1 or 2, 1 or 8, 3, 4), got"
+
+BAD_LOWERED: list[tuple[Arguments, type[Exception], str]] = [
+    ({"rows": array(1, 1, 5, 4, dtype=np.int32)}, ValueError, f"{ROW_INTERVALS} (1, 1, 5, 4)"),
+    ({"rows": array(HK, 1, N, 4, dtype=np.int32)}, ValueError, f"{ROW_INTERVALS} (4, 1, 3, 4)"),
+    ({"rows": array(N, 4, dtype=np.int32)}, ValueError, f"{ROW_INTERVALS} (3, 4)"),
+    (
+        {"rows": array(1, 1, N, 4, dtype=np.int64)},
+        ValueError,
+        "mask rows must be C-contiguous with dtype int32, got int64",
+    ),
+    (
+        {"rows": array(1, 1, N, 8, dtype=np.int32)[..., ::2]},
+        ValueError,
+        "mask rows must be C-contiguous with dtype int32, got strides (96, 96, 32, 8)",
+    ),
+    *(
+        (
+            {"rows": np.full((1, 1, N, 4), row, np.int32)},
+            ValueError,
+            "mask rows must be ascending intervals within 0 to Nk=128, got others",
+        )
+        for row in (
+            [0, NK + 1, 0, 0],
+            [-1, 3, 0, 0],
+            [5, 3, 0, 0],
+            [0, 9, 4, 12],
+            [0, 2, 3, NK + 1],
+        )
+    ),
+    (
+        {"bits": array(1, 1, 5, 1, dtype=np.uint16)},
+        ValueError,
+        "mask bits must have shape (1 or 2, 1 or 8, 128, 1), got (1, 1, 5, 1)",
+    ),
+    (
+        {"tiles": array(1, 1, 1, 1, dtype=np.uint8)},
+        ValueError,
+        "mask tiles must have shape (1 or 2, 1 or 8, 1, 2), got (1, 1, 1, 1)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "kind", "text"), BAD_LOWERED)
+def test_bad_lowered_mask_raises_its_text(
+    changed: Arguments, kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        tw.numpy.attention(**good(), mask=lowered(**changed))
+    assert str(caught.value) == f"attention: {text}"
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 5, 3, 8], [1, 8], [0, 2.5, 8]])
@@ -444,11 +523,158 @@ def test_bad_cotangent_raises_its_text(
     assert str(caught.value) == f"attention: {text}"
 
 
+def good_tangents(layout: str = "bhnd") -> Arguments:
+    """Return good arguments of `attention_jvp`, and of `attention_vjp_jvp` but for do."""
+    arguments = good_vjp(layout)
+    del arguments["do"]
+    arguments |= {"bias": array(1, N, NK), "sinks": array(H)}
+    return arguments | {f"t{name}": arguments[name] for name in ("q", "k", "v", "bias", "sinks")}
+
+
+GOOD: dict[str, Callable[..., Arguments]] = {
+    "attention_vjp": good_vjp,
+    "attention_jvp": good_tangents,
+    "attention_vjp_jvp": lambda layout="bhnd": {"do": None, **good_tangents(layout)},
+}
+
+BAD_TANGENTS: list[tuple[str, Arguments, type[Exception], str]] = [
+    ("bhnd", {"tq": [0.0]}, TypeError, "tq must be a numpy.ndarray, got list"),
+    (
+        "bhnd",
+        {"tk": array(B, HK, NK, D, dtype=np.float64)},
+        TypeError,
+        "tk must have dtype float32 (from q), got float64",
+    ),
+    (
+        "bhnd",
+        {"tq": array(B, HK, N, D)},
+        ValueError,
+        "tq must have shape (B, H, N, D) with H=8 (from q), got (2, 4, 3, 64)",
+    ),
+    (
+        "bnhd",
+        {"tk": array(B, HK, NK, D)},
+        ValueError,
+        "tk must have shape (B, Nk, Hk, D) with Nk=128 (from k), Hk=4 (from k), "
+        "got (2, 4, 128, 64)",
+    ),
+    (
+        "bhnd",
+        {"tv": array(B, HK, NK, D)},
+        ValueError,
+        "tv must have shape (B, Hk, Nk, Dv) with Dv=16 (from v), got (2, 4, 128, 64)",
+    ),
+    (
+        "bhnd",
+        {"tv": array(B, HK, NK, 2 * DV)[..., ::2]},
+        ValueError,
+        "tv must have a contiguous last dimension, got strides (65536, 16384, 128, 8) of 4-byte "
+        "entries",
+    ),
+    (
+        "bhnd",
+        {"tbias": array(N, NK)},
+        ValueError,
+        "tbias must have the shape (1, 3, 128) of bias, got (3, 128)",
+    ),
+    (
+        "bhnd",
+        {"tbias": array(1, 1, NK)},
+        ValueError,
+        "tbias must have the shape (1, 3, 128) of bias, got (1, 1, 128)",
+    ),
+    (
+        "bhnd",
+        {"tbias": array(N, 5)},
+        ValueError,
+        "tbias must broadcast to shape (B, H, N, Nk) with Nk=128 (from k), got (3, 5)",
+    ),
+    ("bhnd", {"bias": None}, ValueError, "tbias must come with bias, got no bias"),
+    ("bhnd", {"sinks": None}, ValueError, "tsinks must come with sinks, got no sinks"),
+    (
+        "bhnd",
+        {"tsinks": array(5)},
+        ValueError,
+        "tsinks must have shape (H,) with H=8 (from q), got (5,)",
+    ),
+    ("bhnd", {"o": None}, TypeError, "o must be a numpy.ndarray, got NoneType"),
+    (
+        "bhnd",
+        {"stats": None},
+        TypeError,
+        "stats must be RowStats or lse as a numpy.ndarray, got NoneType",
+    ),
+]
+BAD_SECOND: list[tuple[str, Arguments, type[Exception], str]] = [
+    (
+        "bhnd",
+        {"do": array(B, H, N, D)},
+        ValueError,
+        f"do {OUT} with Dv=16 (from v), got (2, 8, 3, 64)",
+    ),
+    (
+        "bnhd",
+        {"tdo": array(B, H, N, DV)},
+        ValueError,
+        "tdo must have shape (B, N, H, Dv) with N=3 (from q), H=8 (from q), got (2, 8, 3, 16)",
+    ),
+    ("bhnd", {"tdlse": array(B, H)}, ValueError, f"tdlse {ROWS}, got (2, 8)"),
+    ("bhnd", {"to": array(B, H, N, DV)}, TypeError, "tlse must be a numpy.ndarray, got NoneType"),
+    ("bhnd", {"tlse": array(B, H, N)}, TypeError, "to must be a numpy.ndarray, got NoneType"),
+    (
+        "bhnd",
+        {"to": array(B, H, 5, DV), "tlse": array(B, H, N)},
+        ValueError,
+        f"to {OUT} with N=3 (from q), got (2, 8, 5, 16)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "arguments", "kind", "text"),
+    BAD_TANGENTS,
+    ids=[f"{row[0]} {row[3]}" for row in BAD_TANGENTS],
+)
+def test_bad_tangent_raises_its_text(
+    layout: str, arguments: Arguments, kind: type[Exception], text: str
+) -> None:
+    changed = {**good_tangents(layout), **arguments}
+    for function, given in (
+        (tw.numpy.attention_jvp, changed),
+        (tw.numpy.attention_vjp_jvp, {"do": None, **changed}),
+    ):
+        with pytest.raises(kind) as caught:
+            function(**given)
+        assert str(caught.value) == f"attention: {text}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "arguments", "kind", "text"), BAD_SECOND, ids=[row[3] for row in BAD_SECOND]
+)
+def test_bad_second_derivative_raises_its_text(
+    layout: str, arguments: Arguments, kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        tw.numpy.attention_vjp_jvp(**{"do": None, **good_tangents(layout), **arguments})
+    assert str(caught.value) == f"attention: {text}"
+
+
+@pytest.mark.parametrize("name", ["attention_vjp", "attention_jvp", "attention_vjp_jvp"])
+def test_unknown_option_names_the_function(name: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        getattr(tw.numpy, name)(**{**GOOD[name](), "scale": 1.0})
+    assert str(caught.value) == f"{name}() got an unexpected keyword argument 'scale'"
+
+
 def test_good_inputs_are_good() -> None:
     """The inputs that the tests above spoil raise nothing."""
     tw.numpy.attention(**good())
+    tw.numpy.attention(**good(), dropout_p=0.5, seed=np.uint64(2**64 - 1))
+    tw.numpy.attention(**good(), mask=lowered(rows=array(1, 1, N, 4, dtype=np.int32)))
+    tw.numpy.attention(**good(), mask=lowered())
     for layout in ("bhnd", "bnhd"):
-        tw.numpy.attention_vjp(**good_vjp(layout))
+        for name, arguments in GOOD.items():
+            getattr(tw.numpy, name)(**arguments(layout))
 
 
 BAD_PARTS: list[tuple[Any, type[Exception], str]] = [
@@ -499,6 +725,21 @@ class Refusing:
     """A module whose implementation serves nothing."""
 
     IMPLEMENTATION = Implementation("never", print, print, refuses=refuse)
+
+
+@pytest.mark.parametrize("name", ["jvp", "vjp_jvp"])
+def test_implementation_without_a_derivative_is_unsupported(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bare:
+        IMPLEMENTATION = Implementation("bare", print, print)
+
+    monkeypatch.setitem(__import__("sys").modules, "tilewise_bare", Bare)
+    monkeypatch.setitem(TABLE, "attention", {"bare": "tilewise_bare"})
+    arguments = GOOD[f"attention_{name}"]() | {"implementation": "bare"}
+    with pytest.raises(tw.Unsupported) as caught:
+        getattr(tw.numpy, f"attention_{name}")(**arguments)
+    assert str(caught.value) == f"attention: implementation 'bare': has no {name}"
 
 
 def test_refusals_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ DTYPES = [np.float32, np.float64]
 
 attention = partial(tw.numpy.attention, implementation="reference")
 attention_vjp = partial(tw.numpy.attention_vjp, implementation="reference")
+attention_jvp = partial(tw.numpy.attention_jvp, implementation="reference")
+attention_vjp_jvp = partial(tw.numpy.attention_vjp_jvp, implementation="reference")
 
 
 def normal(*shape: int, dtype: Any = np.float64, seed: int = 0) -> np.ndarray:
@@ -38,6 +41,8 @@ def options(dtype: Any = np.float64) -> dict[str, Any]:
         "softcap": 3,
         "sinks": normal(H, dtype=dtype, seed=4),
         "softmax_scale": np.float32(0.5),
+        "dropout_p": 0.25,
+        "seed": np.int64(12),
     }
 
 
@@ -69,6 +74,110 @@ def test_layouts_agree(dtype: Any) -> None:
             )
     np.testing.assert_array_equal(grads.dbias, others.dbias)
     np.testing.assert_array_equal(grads.dsinks, others.dsinks)
+
+
+def tangents(chosen: dict[str, Any], dtype: Any = np.float64) -> dict[str, np.ndarray]:
+    """Return tangents of the operands and of the options that have any."""
+    inputs = {**operands(dtype), "bias": chosen["bias"], "sinks": chosen["sinks"]}
+    return {f"t{name}": normal(*x.shape, dtype=dtype, seed=5) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tangents_in_both_layouts_agree(dtype: Any) -> None:
+    arrays, chosen = operands(dtype), options(dtype)
+    moving = tangents(chosen, dtype)
+    rows = {name: normal(B, H, N, dtype=dtype) for name in ("dlse", "tdlse")}
+    tensors = {name: normal(B, H, N, DV, dtype=dtype) for name in ("do", "tdo")}
+    forward = attention(**arrays, **chosen, return_stats=True)
+    common = {**chosen, "stats": forward.stats}
+    one = attention_jvp(**arrays, **moving, o=forward.o, **common)
+    second = attention_vjp_jvp(**arrays, **moving, **tensors, **rows, o=forward.o, **common)
+
+    four = {name: x for name, x in moving.items() if name in ("tq", "tk", "tv")}
+    turned = swapped({**arrays, **four, "o": forward.o})
+    moved = {"tbias": moving["tbias"], "tsinks": moving["tsinks"]}
+    common["layout"] = "bnhd"
+    other = attention_jvp(**turned, **moved, **common)
+    assert type(other) is tw.OutputTangents
+    np.testing.assert_array_equal(one.to, other.to.swapaxes(1, 2))
+    np.testing.assert_array_equal(one.tlse, other.tlse)
+    for known in ({}, other._asdict()):
+        others = attention_vjp_jvp(**turned, **swapped(tensors), **moved, **rows, **known, **common)
+        # Known tangents are rounded, which shows in float32.
+        tolerance = 100 * np.finfo(dtype).eps if known else 0
+        for name in ("dq", "dk", "dv"):
+            assert getattr(others, name).flags.c_contiguous
+            got = getattr(others, name).swapaxes(1, 2)
+            np.testing.assert_allclose(getattr(second, name), got, tolerance, tolerance)
+        np.testing.assert_allclose(second.dbias, others.dbias, tolerance, tolerance)
+        np.testing.assert_allclose(second.dsinks, others.dsinks, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_derivatives_have_the_dtype_of_q(dtype: Any) -> None:
+    arrays, chosen = operands(dtype), options(dtype)
+    forward = attention(**arrays, **chosen, return_stats=True)
+    given = {**arrays, **tangents(chosen, dtype), "o": forward.o, "stats": forward.stats}
+    first = attention_jvp(**given, **chosen)
+    assert [x.shape for x in first] == [(B, H, N, DV), (B, H, N)]
+    second = attention_vjp_jvp(forward.o, **given, **chosen)
+    sizes = [*arrays.values(), chosen["bias"], chosen["sinks"]]
+    assert [x.shape for x in second] == [x.shape for x in sizes]
+    assert {x.dtype for x in (*first, *second)} == {np.dtype(dtype)}
+
+
+def test_what_is_none_is_zero() -> None:
+    arrays = operands()
+    forward = attention(**arrays, return_stats=True)
+    results = {"o": forward.o, "stats": forward.stats}
+    q, k, v = arrays.values()
+    dlse = normal(B, H, N)
+    grads = attention_vjp(None, **arrays, **results, dlse=dlse)
+    zeros = attention_vjp(np.zeros_like(forward.o), **arrays, **results, dlse=dlse)
+    nothing = attention_vjp_jvp(forward.o, None, None, None, **arrays, **results)
+    tangent = attention_jvp(None, None, v, q, k, v, **results)
+    assert not any(x.any() for x in nothing[:3])
+    np.testing.assert_allclose(tangent.to, forward.o, rtol=1e-12)
+    assert not tangent.tlse.any()
+    for one, other in zip(grads[:3], zeros[:3], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_tangents_of_the_hessian_are_those_of_moved_gradients() -> None:
+    """Along the tangents of everything, from the forward pass on, in the other layout."""
+    chosen, do = options(), normal(B, N, H, DV)
+    arrays, moving = swapped(operands()), tangents(chosen)
+    moving |= swapped({name: moving[name] for name in ("tq", "tk", "tv")})
+    del chosen["mask"]
+
+    def gradients(step: float) -> list[np.ndarray]:
+        at = {name: x + step * moving[f"t{name}"] for name, x in arrays.items()}
+        varied = {name: chosen[name] + step * moving[f"t{name}"] for name in ("bias", "sinks")}
+        given = {**chosen, **varied, "layout": "bnhd"}
+        forward = attention(**at, **given, return_stats=True)
+        return list(attention_vjp(do, **at, o=forward.o, stats=forward.stats, **given))
+
+    forward = attention(**arrays, **chosen, layout="bnhd", return_stats=True)
+    results = {"o": forward.o, "stats": forward.stats}
+    second = attention_vjp_jvp(do, **arrays, **moving, **results, **chosen, layout="bnhd")
+    near = zip(gradients(1e-4), gradients(-1e-4), second, strict=True)
+    for ahead, behind, got in near:
+        np.testing.assert_allclose(got, (ahead - behind) / 2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attention_vjp", "attention_jvp", "attention_vjp_jvp"])
+def test_signatures_show_the_options_of_attention(name: str) -> None:
+    shown = inspect.signature(getattr(tw.numpy, name)).parameters
+    every = inspect.signature(tw.numpy.attention).parameters
+    for option in (*OPERATOR.options, "implementation"):
+        assert shown[option] == every[option]
+
+
+@pytest.mark.parametrize("mask", [tw.causal(), np.arange(N * NK).reshape(N, NK) % 2 == 0])
+def test_lowered_mask_is_the_mask(mask: Any) -> None:
+    arrays = operands()
+    lowered = (mask if isinstance(mask, tw.Mask) else tw.dense(mask)).lower(B, H, N, NK)
+    np.testing.assert_array_equal(attention(**arrays, mask=lowered), attention(**arrays, mask=mask))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

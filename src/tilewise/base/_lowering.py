@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import operator as _operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import ClassVar, Final, NoReturn, TypeAlias
+from typing import Any, ClassVar, Final, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ _CACHE_ROWS: Final = 1 << 16
 
 Spans: TypeAlias = NDArray[np.int32]
 BoolArray: TypeAlias = NDArray[np.bool_]
+Show: TypeAlias = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,13 @@ class Mask(ABC):
     def spans(self, size: Size, rows: slice) -> Spans | None:
         """Return normalised spans of some rows, or None where that would take too many."""
 
+    @abstractmethod
+    def text(self, show: Show) -> str:
+        """Return the expression that makes the mask, with what `show` writes for its arrays."""
+
+    def __repr__(self) -> str:
+        return self.text(repr)
+
     def visible(self, size: Size, rows: slice) -> BoolArray:
         """Return some rows as booleans `(Bm, Hm, n, Nk)`."""
         spans = self.spans(size, rows)
@@ -363,8 +371,8 @@ class Mask(ABC):
         raise TypeError("mask: a mask has no truth value; combine masks with & and |")
 
     def __getstate__(self) -> dict[str, object]:
-        """Return the fields alone, so that copies and pickles carry no lowered form."""
-        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
+        """Return the fields alone, so that copies and pickles carry no other form of the mask."""
+        return {name: value for name, value in self.__dict__.items() if name[0] != "_"}
 
 
 @lru_cache(maxsize=_CACHE_RESULTS)
@@ -429,9 +437,9 @@ class All(Combined):
     def visible(self, size: Size, rows: slice) -> BoolArray:
         return reduce(_operator.and_, (term.visible(size, rows) for term in self.terms))
 
-    def __repr__(self) -> str:
-        shown = (f"({t!r})" if isinstance(t, AnyOf) else repr(t) for t in self.terms)
-        return " & ".join(shown)
+    def text(self, show: Show) -> str:
+        shown = [(t.text(show), isinstance(t, AnyOf)) for t in self.terms]
+        return " & ".join([f"({text})" if nested else text for text, nested in shown])
 
 
 @dataclass(frozen=True, repr=False)
@@ -444,5 +452,5 @@ class AnyOf(Combined):
     def visible(self, size: Size, rows: slice) -> BoolArray:
         return reduce(_operator.or_, (term.visible(size, rows) for term in self.terms))
 
-    def __repr__(self) -> str:
-        return " | ".join(repr(term) for term in self.terms)
+    def text(self, show: Show) -> str:
+        return " | ".join([term.text(show) for term in self.terms])

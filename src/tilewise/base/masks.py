@@ -21,6 +21,7 @@ from tilewise.base._lowering import (
     Mask,
     PackedBits,
     RowIntervals,
+    Show,
     Size,
     Spans,
     bool_to_spans,
@@ -51,10 +52,11 @@ Align: TypeAlias = Literal["bottom_right", "top_left"]
 class _Frozen:
     """A private read-only copy of an array that compares and hashes by content."""
 
-    __slots__ = ("array",)
+    __slots__ = ("array", "own")
 
     def __init__(self, array: NDArray[np.generic]) -> None:
-        self.array = np.array(array, order="C", copy=True)
+        self.own = np.array(array, order="C", copy=True)  # nobody writes, but tracers look at flags
+        self.array = self.own.view()
         self.array.setflags(write=False)
 
     def __eq__(self, other: object) -> bool:
@@ -92,10 +94,11 @@ class _Window(Mask):
         hi = position + min(far, far if self.right is None else self.right) + 1
         return interval(lo, hi, size.Nk)
 
-    def __repr__(self) -> str:
+    def text(self, show: Show) -> str:
         if self.left is None and self.right == 0:
             return f"causal({_shown(self.align, first=True)})"
-        return f"window({self.left}, {self.right}{_shown(self.align)})"
+        ends = ["None" if end is None else f"{int(end)}" for end in (self.left, self.right)]
+        return f"window({ends[0]}, {ends[1]}{_shown(self.align)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,8 +111,8 @@ class _Chunked(Mask):
         start = _positions(size, rows, self.align) // length * length
         return interval(start, start + length, size.Nk)
 
-    def __repr__(self) -> str:
-        return f"chunked({self.size}{_shown(self.align)})"
+    def text(self, show: Show) -> str:
+        return f"chunked({int(self.size)}{_shown(self.align)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,8 +135,9 @@ class _Prefix(Mask):
         hi = np.repeat(n[:, None, None], rows.stop - rows.start, axis=2)
         return interval(np.zeros_like(hi), hi, size.Nk)
 
-    def __repr__(self) -> str:
-        return f"prefix({self.n!r})"
+    def text(self, show: Show) -> str:
+        # int() makes a constant of what torch.compile takes for a variable number.
+        return f"prefix({int(self.n)})" if isinstance(self.n, int) else f"prefix({show(self.n)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,9 +164,10 @@ class _Lengths(Mask):
             hi = np.where(index < self.queries.ints[:, None, None], hi, 0)
         return interval(np.zeros_like(hi), hi, size.Nk)
 
-    def __repr__(self) -> str:
-        queries = "" if self.queries is None else f", query_lengths={self.queries!r}"
-        return f"lengths({self.keys!r}{queries})"
+    def text(self, show: Show) -> str:
+        keys = show(self.keys)
+        queries = "" if self.queries is None else f", query_lengths={show(self.queries)}"
+        return f"lengths({keys}{queries})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,9 +200,10 @@ class _Packed(Mask):
         cu_k = (self.cu_seqlens_k or self.cu_seqlens).ints
         return interval(cu_k[document][None, None], cu_k[document + 1][None, None], size.Nk)
 
-    def __repr__(self) -> str:
-        keys = "" if self.cu_seqlens_k is None else f", cu_seqlens_k={self.cu_seqlens_k!r}"
-        return f"documents({self.cu_seqlens!r}{keys})"
+    def text(self, show: Show) -> str:
+        queries = show(self.cu_seqlens)
+        keys = "" if self.cu_seqlens_k is None else f", cu_seqlens_k={show(self.cu_seqlens_k)}"
+        return f"documents({queries}{keys})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -256,9 +262,10 @@ class _Labelled(Mask):
         same: BoolArray = ids[:, rows, None] == ids_k[:, None, :]
         return same[:, None]
 
-    def __repr__(self) -> str:
-        keys = "" if self.ids_k is None else f", ids_k={self.ids_k!r}"
-        return f"documents(ids={self.ids!r}{keys})"
+    def text(self, show: Show) -> str:
+        queries = show(self.ids)
+        keys = "" if self.ids_k is None else f", ids_k={show(self.ids_k)}"
+        return f"documents(ids={queries}{keys})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -293,8 +300,8 @@ class _Dense(Mask):
         block = self.full if self.full.shape[2] == 1 else self.full[:, :, rows]
         return np.broadcast_to(block, (*block.shape[:2], rows.stop - rows.start, size.Nk)).copy()
 
-    def __repr__(self) -> str:
-        return f"dense({self.array!r})"
+    def text(self, show: Show) -> str:
+        return f"dense({show(self.array)})"
 
 
 def causal(*, align: Align = "bottom_right") -> Mask:
@@ -330,7 +337,7 @@ def prefix(n: int | ArrayLike) -> Mask:
     Args:
         n: an integer, or `(B,)` integers. More than Nk means all keys.
     """
-    if np.ndim(n) == 0:
+    if isinstance(n, int) or np.ndim(n) == 0:
         return _Prefix(_count("prefix", "n", n))
     return _Prefix(_counts("prefix", "n", n))
 

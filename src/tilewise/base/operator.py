@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +109,10 @@ class Implementation:
     Attributes:
         name: The name that users select it by.
         forward: ``(call, want) -> outputs``.
-        vjp: ``(call, cotangents) -> gradients``.
-        jvp: ``(call, tangents) -> tangents of the outputs``.
-        vjp_jvp: The JVP of the VJP.
+        vjp: ``(call, cotangents, needed) -> gradients``.
+        jvp: ``(call, tangents) -> tangents of the outputs``, or None where it has none.
+        vjp_jvp: ``(call, second, needed) -> tangents of the gradients``, or None.
+        forward_jvp: ``(call, want, tangents) -> outputs and their tangents`` in one pass, or None.
         refuses: ``call -> why this call is not served, or None``.
     """
 
@@ -120,6 +121,7 @@ class Implementation:
     vjp: Callable[..., Any]
     jvp: Callable[..., Any] | None = None
     vjp_jvp: Callable[..., Any] | None = None
+    forward_jvp: Callable[..., Any] | None = None
     refuses: Callable[[Any], str | None] = _serves_every_call
 
 
@@ -146,3 +148,73 @@ class Operator:
     differentiable: tuple[str, ...]
     prepare: Callable[..., Any]
     prepare_vjp: Callable[..., Any]
+
+
+Arrays = tuple[NDArray[Any] | None, ...]
+KINDS = ("forward", "vjp", "jvp", "vjp_jvp")
+"""The functions of an implementation."""
+
+
+@dataclass(frozen=True)
+class FlatOperator:
+    """An operator as functions of flat tuples of arrays, from which every door is made.
+
+    Where names are listed, those that have derivatives come first. In tuples of arrays None is an
+    absent input, a zero tangent or cotangent, or a result that is not needed.
+
+    Attributes:
+        name: The operator's name.
+        inputs: Names of the arrays that it takes.
+        active_inputs: How many of them have derivatives.
+        outputs: Names of the arrays that it returns.
+        active_outputs: How many of them have derivatives; the first ones, and always needed.
+        residuals: Names of what a derivative needs besides inputs and active outputs.
+        rank: Number of dimensions of the first input.
+        shapes: ``(shapes of the inputs, options) -> shapes of outputs and residuals``.
+        prepare: ``(inputs, options) -> call``, validated.
+        forward: ``(implementation, call, needed) -> outputs and residuals``.
+        vjp: ``(implementation, call, needed, cotangents, outputs, residuals) -> gradients``.
+        jvp: ``(implementation, call, needed, tangents, outputs, residuals) -> output tangents``.
+        vjp_jvp: ``(implementation, call, needed, tangents of the cotangents, tangents, cotangents,
+            output tangents or Nones, outputs, residuals) -> tangents of the gradients``.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    active_inputs: int
+    outputs: tuple[str, ...]
+    active_outputs: int
+    residuals: tuple[str, ...]
+    rank: int
+    shapes: Callable[..., tuple[tuple[int, ...], ...]]
+    prepare: Callable[..., Any]
+    forward: Callable[..., Arrays]
+    vjp: Callable[..., Arrays]
+    jvp: Callable[..., Arrays]
+    vjp_jvp: Callable[..., Arrays]
+
+    def lengths(self, kind: str) -> tuple[int, ...]:
+        """Return how many arrays each group has that a function of this kind takes.
+
+        The groups are those of the function's arguments, with the inputs before the outputs;
+        the forward pass takes only inputs.
+        """
+        x, y = self.active_inputs, self.active_outputs
+        if kind == "forward":
+            return (len(self.inputs),)
+        given = {"vjp": (y,), "jvp": (x,), "vjp_jvp": (y, x, y, y)}[kind]
+        return (*given, len(self.inputs), y, len(self.residuals))
+
+    def split(self, kind: str, flat: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Cut a flat list of arguments into its groups."""
+        groups, start = [], 0
+        for length in self.lengths(kind):
+            groups.append(tuple(flat[start : start + length]))
+            start += length
+        return groups
+
+    def results(self, kind: str) -> int:
+        """Return how many arrays a function of this kind returns."""
+        if kind == "forward":
+            return len(self.outputs) + len(self.residuals)
+        return self.active_outputs if kind == "jvp" else self.active_inputs

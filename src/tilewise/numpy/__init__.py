@@ -1,7 +1,24 @@
 """tilewise for NumPy arrays."""
 
-from tilewise.ops.attention.spec import AttentionGrads, RowStats
+from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 
-from .attention import AttentionResult, attention, attention_vjp
+from .attention import (
+    AttentionResult,
+    attention,
+    attention_forward_jvp,
+    attention_jvp,
+    attention_vjp,
+    attention_vjp_jvp,
+)
 
-__all__ = ["AttentionGrads", "AttentionResult", "RowStats", "attention", "attention_vjp"]
+__all__ = [
+    "AttentionGrads",
+    "AttentionResult",
+    "OutputTangents",
+    "RowStats",
+    "attention",
+    "attention_forward_jvp",
+    "attention_jvp",
+    "attention_vjp",
+    "attention_vjp_jvp",
+]

@@ -17,6 +17,7 @@ from .spec import (
     AttentionGrads,
     AttentionOutputs,
     CotangentCall,
+    InputTangents,
     Needed,
     OutputTangents,
     RowStats,
@@ -30,25 +31,27 @@ Array = NDArray[Any]
 
 def forward(call: AttentionCall, want: Want) -> AttentionOutputs:
     """Compute attention tile by tile; `o` is a `(B, H, N, Dv)` view in the layout of the call."""
-    o = _empty(call, call.H, call.N, call.Dv)
-    rows = (call.B, call.H, call.N)
-    m, log_l = np.empty(rows, call.dtype), np.empty(rows, call.dtype)
-    lse = np.empty(rows, call.dtype) if want.lse else None
-    max_logit = np.empty(rows, call.dtype) if want.max_logit else None
-    entropy = np.empty(rows, call.dtype) if want.entropy else None
-    _core.attention_forward(
+    found = _results(call, want)
+    _core.attention_forward(call.q, call.k, call.v, **found, **_options(call))
+    return _outputs(found)
+
+
+def forward_jvp(
+    call: AttentionCall, want: Want, tangents: InputTangents
+) -> tuple[AttentionOutputs, OutputTangents]:
+    """Compute attention and the tangents of o and lse in one pass over the keys."""
+    found, moved = _results(call, want), _output_tangents(call)
+    _core.attention_forward_jvp(
         call.q,
         call.k,
         call.v,
-        o,
-        m=m,
-        log_l=log_l,
-        lse=lse,
-        max_logit=max_logit,
-        entropy=entropy,
+        **found,
+        **_tangents(tangents),
+        to=moved.to,
+        tlse=moved.tlse,
         **_options(call),
     )
-    return AttentionOutputs(o, RowStats(m, log_l), lse, max_logit, entropy)
+    return _outputs(found), moved
 
 
 def vjp(
@@ -64,19 +67,18 @@ def vjp(
 
 def jvp(call: AttentionCall, tangents: TangentCall) -> OutputTangents:
     """Compute the tangents of o and lse tile by tile, in the layout of the call."""
-    to = _empty(call, call.H, call.N, call.Dv)
-    tlse = np.empty((call.B, call.H, call.N), call.dtype)
+    moved = _output_tangents(call)
     _core.attention_jvp(
         call.q,
         call.k,
         call.v,
         **_saved(tangents.o, tangents.stats),
         **_tangents(tangents),
-        to=to,
-        tlse=tlse,
+        to=moved.to,
+        tlse=moved.tlse,
         **_options(call),
     )
-    return OutputTangents(to, tlse)
+    return moved
 
 
 def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> AttentionGrads:
@@ -99,7 +101,30 @@ def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED
     return _shaped(call, found)
 
 
-def _saved(o: Array, stats: RowStats) -> dict[str, Array]:
+def _results(call: AttentionCall, want: Want) -> dict[str, Any]:
+    """Return the arrays into which a forward pass writes."""
+    rows = (call.B, call.H, call.N)
+    return {
+        "o": _empty(call, call.H, call.N, call.Dv),
+        "m": np.empty(rows, call.dtype),
+        "log_l": np.empty(rows, call.dtype),
+        "lse": np.empty(rows, call.dtype) if want.lse else None,
+        "max_logit": np.empty(rows, call.dtype) if want.max_logit else None,
+        "entropy": np.empty(rows, call.dtype) if want.entropy else None,
+    }
+
+
+def _outputs(found: dict[str, Any]) -> AttentionOutputs:
+    o, m, log_l, lse, max_logit, entropy = found.values()
+    return AttentionOutputs(o, RowStats(m, log_l), lse, max_logit, entropy)
+
+
+def _output_tangents(call: AttentionCall) -> OutputTangents:
+    to = _empty(call, call.H, call.N, call.Dv)
+    return OutputTangents(to, np.empty((call.B, call.H, call.N), call.dtype))
+
+
+def _saved(o: Array, stats: RowStats) -> dict[str, Any]:
     m, log_l = np.ascontiguousarray(stats.m), np.ascontiguousarray(stats.log_l)
     return {"o": o, "m": m, "log_l": log_l}
 
@@ -112,7 +137,7 @@ def _cotangents(call: AttentionCall, cotangents: CotangentCall) -> dict[str, Any
     return {**saved, "do": do, "dlse": _contiguous(cotangents.dlse)}
 
 
-def _tangents(tangents: TangentCall) -> dict[str, Any]:
+def _tangents(tangents: InputTangents) -> dict[str, Any]:
     return {
         "tq": tangents.tq,
         "tk": tangents.tk,
@@ -122,7 +147,7 @@ def _tangents(tangents: TangentCall) -> dict[str, Any]:
     }
 
 
-def _gradients(call: AttentionCall, needed: Needed) -> dict[str, Array | None]:
+def _gradients(call: AttentionCall, needed: Needed) -> dict[str, Any]:
     """Return the arrays into which the kernel writes; it adds to that of the bias."""
     bias = call.bias if needed.bias else None
     sinks = call.sinks if needed.sinks else None
@@ -135,7 +160,7 @@ def _gradients(call: AttentionCall, needed: Needed) -> dict[str, Array | None]:
     }
 
 
-def _shaped(call: AttentionCall, found: dict[str, Array | None]) -> AttentionGrads:
+def _shaped(call: AttentionCall, found: dict[str, Any]) -> AttentionGrads:
     dbias = found["dbias"]
     if dbias is not None and call.bias_shape is not None:
         dbias = dbias.reshape(call.bias_shape)
@@ -171,4 +196,4 @@ def _empty(call: AttentionCall, heads: int, rows: int, entries: int) -> Array:
     return np.empty((call.B, rows, heads, entries), call.dtype).swapaxes(1, 2)
 
 
-IMPLEMENTATION = Implementation("cpu", forward, vjp, jvp, vjp_jvp)
+IMPLEMENTATION = Implementation("cpu", forward, vjp, jvp, vjp_jvp, forward_jvp)
