@@ -15,14 +15,14 @@ TW_INLINE void multiply(uint32_t m, VecU x, VecU* high, VecU* low) {
   const __m512i f = _mm512_set1_epi32(static_cast<int>(m));
   const __m512i even = _mm512_mul_epu32((__m512i)x, f),
                 odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), f);
-  *high = (VecU)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-  *low = (VecU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  *high = (VecU)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_CDAB);
+  *low = (VecU)_mm512_mullo_epi32((__m512i)x, f);
 #elif defined(TILEWISE_TARGET_AVX2)
   const __m256i f = _mm256_set1_epi32(static_cast<int>(m));
   const __m256i even = _mm256_mul_epu32((__m256i)x, f),
                 odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), f);
   *high = (VecU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  *low = (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  *low = (VecU)_mm256_mullo_epi32((__m256i)x, f);
 #else
   for (int i = 0; i < kWordsWide; i++) {
     const uint64_t product = uint64_t{m} * x[i];
@@ -37,18 +37,21 @@ TW_INLINE void multiply(uint32_t m, uint32_t x, uint32_t* high, uint32_t* low) {
   *low = static_cast<uint32_t>(product);
 }
 
-// Ten rounds on the counter c, in place; Word is one word or a vector of them.
-template <class Word>
-TW_INLINE void philox(Word (&c)[4], uint64_t seed) {
+// Ten rounds on each of the counters c, in place; Word is one word or a vector of them. Several
+// counters hide the latency of a round.
+template <class Word, int COUNT>
+TW_INLINE void philox(Word (&c)[COUNT][4], uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; round++) {
-    Word high0, low0, high1, low1;
-    multiply(0xD2511F53u, c[0], &high0, &low0);
-    multiply(0xCD9E8D57u, c[2], &high1, &low1);
-    c[0] = high1 ^ c[1] ^ key0;
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ key1;
-    c[3] = low0;
+    TW_UNROLL for (int i = 0; i < COUNT; i++) {
+      Word high0, low0, high1, low1;
+      multiply(0xD2511F53u, c[i][0], &high0, &low0);
+      multiply(0xCD9E8D57u, c[i][2], &high1, &low1);
+      c[i][0] = high1 ^ c[i][1] ^ key0;
+      c[i][1] = low1;
+      c[i][2] = high0 ^ c[i][3] ^ key1;
+      c[i][3] = low0;
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
@@ -71,38 +74,42 @@ class Dropout {
         offset_(in.Nk - in.N),
         kept_(static_cast<T>(in.dropout.kept)) {}
 
-  // out[4][kGroup]: the factors of four keys from `key`, a multiple of 4, and 16 queries from
+  // out[kStep][kGroup]: the factors of kStep keys from `key`, a multiple of it, and 16 queries from
   // `query`
-  __attribute__((noinline)) void four_keys(int64_t query, int64_t key, T* out) const {
+  __attribute__((noinline)) void step(int64_t query, int64_t key, T* out) const {
+    const VecU none = {};
     const uint32_t position = static_cast<uint32_t>(query + offset_);
     for (int at = 0; at < kGroup; at += kWordsWide) {
-      VecU c[4] = {};
-      c[0] += static_cast<uint32_t>(key / 4);
-      for (int i = 0; i < kWordsWide; i++) c[1][i] = position + static_cast<uint32_t>(at + i);
-      c[2] += head_;
-      c[3] += batch_;
+      VecU lanes = none + position, c[kStep / 4][4];
+      for (int i = 0; i < kWordsWide; i++) lanes[i] += static_cast<uint32_t>(at + i);
+      for (int k = 0; k < kStep / 4; k++) {
+        c[k][0] = none + static_cast<uint32_t>(key / 4 + k);
+        c[k][1] = lanes;
+        c[k][2] = none + head_;
+        c[k][3] = none + batch_;
+      }
       philox(c, seed_);
-      for (int j = 0; j < 4; j++) keep(c[j], out + j * kGroup + at);
+      for (int j = 0; j < kStep; j++) keep(c[j / 4][j % 4], out + j * kGroup + at);
     }
   }
 
   // The factors of keys [key, key + count) for one query; `key` is a multiple of 4.
   void row(int64_t query, int64_t key, int count, T* out) const {
     for (int j = 0; j < count; j += 4) {
-      uint32_t c[4] = {static_cast<uint32_t>((key + j) / 4), static_cast<uint32_t>(query + offset_),
-                       head_, batch_};
+      uint32_t c[1][4] = {{static_cast<uint32_t>((key + j) / 4),
+                           static_cast<uint32_t>(query + offset_), head_, batch_}};
       philox(c, seed_);
-      for (int i = 0; i < 4 && j + i < count; i++) out[j + i] = c[i] < threshold_ ? T{0} : kept_;
+      for (int i = 0; i < 4 && j + i < count; i++) out[j + i] = c[0][i] < threshold_ ? T{0} : kept_;
     }
   }
 
   // out[j * kPanel + lane]: the factors of one segment
   void panel(const Segment& s, int64_t query, int64_t k0, T* out) const {
-    alignas(64) T factors[4 * kGroup];
+    alignas(64) T factors[kStep * kGroup];
     for (int g = s.na; g < s.nb; g++)
-      for (int j = s.ja; j < s.jb; j += 4) {
-        four_keys(query + g * kGroup, k0 + j, factors);
-        for (int i = 0; i < std::min(4, s.jb - j); i++)
+      for (int j = s.ja; j < s.jb; j += kStep) {
+        step(query + g * kGroup, k0 + j, factors);
+        for (int i = 0; i < std::min(kStep, s.jb - j); i++)
           std::memcpy(out + int64_t{j + i} * kPanel + g * kGroup, factors + i * kGroup,
                       sizeof(T) * kGroup);
       }
@@ -111,12 +118,12 @@ class Dropout {
   // Multiplies the panels a and, where given, b: [key][kPanel lanes] of queries from `query` and
   // keys from k0.
   void apply(const Segment* segments, int count, int64_t query, int64_t k0, T* a, T* b) const {
-    alignas(64) T factors[4 * kGroup];
+    alignas(64) T factors[kStep * kGroup];
     for (int s = 0; s < count; s++)
       for (int g = segments[s].na; g < segments[s].nb; g++)
-        for (int j = segments[s].ja; j < segments[s].jb; j += 4) {
-          four_keys(query + g * kGroup, k0 + j, factors);
-          const int keys = std::min(4, segments[s].jb - j);
+        for (int j = segments[s].ja; j < segments[s].jb; j += kStep) {
+          step(query + g * kGroup, k0 + j, factors);
+          const int keys = std::min(kStep, segments[s].jb - j);
           for (int i = 0; i < keys * kGroup; i += kWidth<T>) {
             const int64_t at = int64_t{j + i / kGroup} * kPanel + g * kGroup + i % kGroup;
             const Vec<T> f = load(factors + i);
