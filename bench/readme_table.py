@@ -1,7 +1,8 @@
-"""Write the figures of a benchmark into README.md, between its bench markers.
+"""Write the figures of benchmarks into README.md, each between its own markers.
 
 tilewise bench attention --suite full --json bench/results/attention.json
-python bench/readme_table.py bench/results/attention.json
+tilewise bench attention --derivatives --json bench/results/derivatives.json
+python bench/readme_table.py bench/results/attention.json bench/results/derivatives.json
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- bench:start -->\n", "<!-- bench:end -->"
 
 
 def cell(timings: dict[str, dict[str, Any]], contender: str, own: str = "tilewise") -> str:
@@ -31,8 +31,11 @@ def rows(run: dict[str, Any], names: list[str]) -> list[str]:
         own = {t["contender"]: t for t in run["timings"] if t["direction"] == direction}
         share = own["tilewise"]["share_of_peak"]
         cells = [cell(own, name) for name in names]
-        percent = "-" if share is None else f"{100 * share:.0f} %"
-        lines.append(f"| {run['case']['name']}, {direction} | {' | '.join(cells)} | {percent} |")
+        cells.append("-" if share is None else f"{100 * share:.0f} %")
+        if run["case"].get("derivatives"):
+            first = {"jvp": "forward", "double backward": "backward"}.get(direction)
+            cells.append(f"{own['tilewise']['factor']:.2f} {first}" if first else "")
+        lines.append(f"| {run['case']['name']}, {direction} | {' | '.join(cells)} |")
     return lines
 
 
@@ -41,7 +44,8 @@ def table(result: dict[str, Any]) -> str:
     runs = [run for run in result["runs"] if not run["case"]["threads"]]
     found = dict.fromkeys(t["contender"] for run in runs for t in run["timings"])
     names = ["tilewise", *(name for name in found if name != "tilewise")]
-    lines = [f"| milliseconds | {' | '.join(names)} | of peak |", "|---" * (len(names) + 2) + "|"]
+    heads = ["milliseconds", *names, "of peak"] + ["in units of its own"] * bool(memory(result))
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in runs:
         lines += rows(run, names)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -50,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
     for run in result["runs"]:
         if run["case"]["threads"]:
             lines.append(gain(run))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *memory(result)]) + "\n"
 
 
 def gain(run: dict[str, Any]) -> str:
@@ -63,12 +67,37 @@ def gain(run: dict[str, Any]) -> str:
     return f"Two threads against one: {', '.join(parts)}."
 
 
-def main(path: str) -> None:
-    """Replace the table in README.md by that of a result file."""
-    result = json.loads(Path(path).read_text())
-    before, rest = README.read_text().split(START)
-    after = rest.split(END)[1]
-    README.write_text(before + START + "\n" + table(result) + "\n" + END + after)
+def memory(result: dict[str, Any]) -> list[str]:
+    """Return the Markdown table of the memory beside inputs and outputs, where it was measured."""
+    lines = []
+    for space in result.get("memory", ()):
+        found = {(f["direction"], f["N"], f["contender"]): f for f in space["figures"]}
+        names = list(dict.fromkeys(name for _, _, name in found))
+        heads = [f"MiB beside inputs and outputs, {space['case']['name']}", *names]
+        lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for direction, N in dict.fromkeys(key[:2] for key in found):
+            cells = [space_cell(found[direction, N, name]) for name in names]
+            at = f" at N={N}" if space["case"]["N"] != N else ""
+            lines.append(f"| {direction}{at} | {' | '.join(cells)} |")
+    return lines
+
+
+def space_cell(figures: dict[str, Any]) -> str:
+    """Mebibytes and seconds of one contender, or why there are none."""
+    if figures["skipped"]:
+        return figures["skipped"]
+    return f"{figures['extra_bytes'] / 2**20:.1f} ({figures['seconds']:.1f} s)"
+
+
+def main(*paths: str) -> None:
+    """Replace the tables in README.md by those of result files."""
+    for path in paths:
+        result = json.loads(Path(path).read_text())
+        name = "derivatives" if result.get("memory") else "bench"
+        start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
+        before, rest = README.read_text().split(start)
+        after = rest.split(end)[1]
+        README.write_text(before + start + "\n" + table(result) + "\n" + end + after)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,15 @@ CPP = ROOT / "cpp"
 PLACES = {
     "typer": ("tilewise.cli",),
     "click": ("tilewise.cli",),
-    "rich": ("tilewise.cli", "tilewise.verify.report"),
-    "torch": ("tilewise.torch", "tilewise.distributed", "tilewise.transformers", "tilewise.bench"),
+    "rich": ("tilewise.cli", "tilewise.verify.report", "tilewise.verify.grid"),
+    "torch": (
+        "tilewise.torch",
+        "tilewise.distributed",
+        "tilewise.transformers",
+        "tilewise.bench",
+        "tilewise.verify.sweep",
+        "tilewise.verify.textbook",
+    ),
     "jax": ("tilewise.jax", "tilewise.distributed", "tilewise.bench"),
     "transformers": ("tilewise.transformers",),
     "matplotlib": ("tilewise.plot", "tilewise.bench", "tilewise.demo"),
@@ -28,6 +35,9 @@ PLACES = {
 
 # Those that an installation may lack: imported where they are used, never with the module.
 OPTIONAL = {"torch", "jax", "transformers", "matplotlib", "pytest"}
+
+# Except in the frontend of a framework, which is itself imported where it is used.
+FRONTENDS = {"torch": ("tilewise.torch",)}
 
 CPP_LAYERS = {
     "simd": {"simd"},
@@ -106,7 +116,16 @@ def test_third_party_packages_stay_in_their_places(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
     for imported in imports(name, MODULES[name], top_level=True):
-        assert imported.partition(".")[0] not in OPTIONAL, f"{name} imports {imported}"
+        package = imported.partition(".")[0]
+        if package in OPTIONAL:
+            assert within(name, FRONTENDS.get(package, ())), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_frontends_of_frameworks_are_imported_where_they_are_used(name: str) -> None:
+    for frontends in FRONTENDS.values():
+        for imported in imports(name, MODULES[name], top_level=True):
+            assert within(name, frontends) or not within(imported, frontends)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("tilewise.ops.")])

@@ -11,7 +11,8 @@ import tilewise
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-RUNNABLE = [ROOT / "README.md", ROOT / "docs" / "index.md", *(ROOT / "docs" / "ops").glob("*.md")]
+DOCS = ROOT / "docs"
+RUNNABLE = [ROOT / "README.md", DOCS / "index.md", DOCS / "torch.md", *(DOCS / "ops").glob("*.md")]
 
 
 def relative(path: Path) -> str:

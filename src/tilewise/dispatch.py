@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 """For each operator, the module of each implementation, best first."""
+
+_COPIED_BYTES = 1 << 24  # small problems are worth a copy, for there a call costs more
 
 
 def choose(
@@ -68,40 +72,69 @@ def evaluate(
         operator: The operator.
         kind: forward, vjp, jvp or vjp_jvp.
         arrays: Its arguments, in the order of `FlatOperator.split`. All may have the same further
-            leading dimensions: then it runs once for each of their indices.
+            leading dimensions: then it runs once for each of their indices, or once for all where
+            they can be part of the batch.
         options: What else the call takes; `options["implementation"]` is for `choose`.
         needed: Which results are needed; None stands for the others.
     """
-    groups = operator.split(kind, arrays)
-    first: NDArray[Any] = groups[-3 if len(groups) > 1 else 0][0]
-    extra = first.ndim - operator.rank
-    if not extra:
-        return _evaluate_one(operator, kind, groups, options, needed)
+    first = arrays[operator.first[kind]]
+    extra = 0 if first is None else first.ndim - operator.rank
+    if first is None or extra == 0:
+        return _evaluate_one(operator, kind, arrays, options, needed)
     leading = first.shape[:extra]
+    if operator.folds(kind, arrays, options):
+        apart = [a for a in arrays if a is not None and not _merges(a, extra)]
+        if 0 not in leading and sum(a.nbytes for a in apart) <= _COPIED_BYTES:
+            whole = [None if a is None else a.reshape(-1, *a.shape[extra + 1 :]) for a in arrays]
+            found = _evaluate_one(operator, kind, whole, options, needed)
+            return tuple([None if r is None else _unfolded(r, leading) for r in found])
+    # Where there is no index, the results of zeros still say which shapes the results have.
+    indices: Iterable[Any] = np.ndindex(leading) if 0 not in leading else [None]
     out: list[NDArray[Any] | None] = []
-    for index in np.ndindex(leading):
-        part = [[None if a is None else a[(*index, ...)] for a in group] for group in groups]
+    for index in indices:
+        part = [None if a is None else _part(a, index, extra) for a in arrays]
         results = _evaluate_one(operator, kind, part, options, needed)
         if not out:
             out = [None if r is None else np.empty((*leading, *r.shape), r.dtype) for r in results]
         for whole, result in zip(out, results, strict=True):
-            if whole is not None:
+            if whole is not None and index is not None:
                 whole[index] = result
     return tuple(out)
+
+
+def _merges(array: NDArray[Any], extra: int) -> bool:
+    """Return whether the leading dimensions and the one after them are one, without a copy."""
+    steps = list(zip(array.shape[: extra + 1], array.strides, strict=False))
+    steps = [step for step in steps if step[0] != 1]
+    return all([outer[1] == size * stride for outer, (size, stride) in pairwise(steps)])
+
+
+def _unfolded(array: NDArray[Any], leading: tuple[int, ...]) -> NDArray[Any]:
+    batch = array.shape[0] // math.prod(leading)
+    return array.reshape(*leading, batch, *array.shape[1:])
+
+
+def _part(array: NDArray[Any], index: tuple[Any, ...] | None, extra: int) -> NDArray[Any]:
+    """Return what an array holds at an index of its leading dimensions, or zeros."""
+    if index is None:
+        return np.zeros(array.shape[extra:], array.dtype)
+    part: NDArray[Any] = array[index + (...,)]  # noqa: RUF005, typed like this
+    return part
 
 
 def _evaluate_one(
     operator: FlatOperator,
     kind: str,
-    groups: Sequence[Sequence[NDArray[Any] | None]],
+    arrays: Sequence[NDArray[Any] | None],
     options: Mapping[str, Any],
     needed: tuple[bool, ...],
 ) -> Arrays:
     if kind == "forward":
-        call = operator.prepare(groups[0], options)
-        chosen = choose(operator.name, call, options["implementation"])
-        return operator.forward(chosen, call, needed)
-    *given, inputs, outputs, residuals = groups
+        call = operator.prepare(arrays, options)
+        return operator.forward(
+            choose(operator.name, call, options["implementation"]), call, needed
+        )
+    *given, inputs, outputs, residuals = operator.split(kind, arrays)
     call = operator.prepare(inputs, options)
     chosen = choose(operator.name, call, options["implementation"], kind)
     function: Callable[..., Arrays] = getattr(operator, kind)

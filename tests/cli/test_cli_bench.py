@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import tilewise as tw
+from tilewise import numpy as door
 from tilewise.bench import attention as measuring
-from tilewise.bench import contenders, textbook
+from tilewise.bench import contenders, derivatives, textbook
 from tilewise.bench.attention import SUITES, Case, CaseFailed, custom_case
 from tilewise.cli import bench
 from tilewise.hardware import memory
@@ -26,6 +30,20 @@ def app() -> typer.Typer:
     application = typer.Typer()
     bench.register(application)
     return application
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measure without fresh processes, whose start takes longer than tiny measurements."""
+    threads = tw.get_num_threads()
+
+    def call(target: str, arguments: dict[str, Any], **options: Any) -> Any:
+        module, _, name = target.partition(":")
+        return getattr(importlib.import_module(module), name)(**json.loads(json.dumps(arguments)))
+
+    monkeypatch.setattr(memory, "run_fresh", call)
+    yield
+    contenders.set_threads(threads)
 
 
 def run(app: typer.Typer, *arguments: object) -> Any:
@@ -55,6 +73,7 @@ def test_figures_are_written_with_the_machine(app: typer.Typer, tmp_path: Path) 
     assert "GFLOP/s" in result.stdout
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_plot_is_drawn(app: typer.Typer, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     target = tmp_path / "figure.png"
@@ -63,12 +82,14 @@ def test_plot_is_drawn(app: typer.Typer, tmp_path: Path) -> None:
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("options", [("--window", 3), ("--dtype", "float64")])
 def test_other_problems_pass_the_gate(app: typer.Typer, options: tuple[object, ...]) -> None:
     result = run(app, "--n", 19, "--heads", 1, "--head-dim", 4, *options)
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_decode_is_compared_with_both_forms_of_grouped_queries() -> None:
     case = replace(SUITES["quick"][-1], H=8, Hk=2, Nk=43, D=6)
     ran = measuring.run_case(case, repeats=1, implementation="reference")
@@ -78,6 +99,7 @@ def test_decode_is_compared_with_both_forms_of_grouped_queries() -> None:
         assert "PyTorch, packed" in {t["contender"] for t in ran["timings"]}
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_thread_counts_are_compared_in_one_run() -> None:
     case = Case("two and one", 1, 1, 23, 4, textbook=False, threads=(1, 2))
     ran = measuring.run_case(case, repeats=1, implementation="reference")
@@ -117,6 +139,102 @@ def test_wrong_result_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
         measuring.run_case(case)
 
 
+def peers() -> set[str]:
+    """The contenders of a run with derivatives."""
+    found = importlib.util.find_spec("torch") is not None
+    return {"tilewise"} | ({"tilewise.torch", "PyTorch math"} if found else set())
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_derivatives_are_timed_and_their_memory_measured(app: typer.Typer, tmp_path: Path) -> None:
+    target, picture = tmp_path / "figures.json", tmp_path / "figure.png"
+    plot = ("--plot", picture) if importlib.util.find_spec("matplotlib") else ()
+    options = ("--derivatives", "--n", 17, "--heads", 2, "--head-dim", 5, "--json", target)
+    result = run(app, *options, *plot)
+    assert result.exit_code == 0, result.output
+    written = json.loads(target.read_text())
+    directions = {"forward", "backward", "jvp", "double backward"}
+    (ran,), (space,) = written["runs"], written["memory"]
+    assert {(t["contender"], t["direction"]) for t in ran["timings"]} == {
+        (name, direction) for name in peers() for direction in directions
+    }
+    for timing in ran["timings"]:
+        assert {"o", "dq", "dk", "dv", "to", "tdq", "tdk", "tdv"} <= set(timing["errors"])
+        if timing["direction"] in ("forward", "backward"):
+            assert timing["factor"] == 1
+    figures = {(f["contender"], f["direction"]): f for f in space["figures"]}
+    assert set(figures) == {(name, direction) for name in peers() for direction in directions}
+    array = 2 * 17 * 5 * 4
+    row = 2 * 17 * 4
+    assert figures["tilewise", "jvp"]["output_bytes"] == 2 * array
+    assert figures["tilewise", "double backward"]["output_bytes"] == 4 * array + 2 * row
+    assert all(f["seconds"] > 0 and f["skipped"] is None for f in figures.values())
+    assert "extra MiB" in result.stdout
+    assert not plot or picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_memory_without_room_is_measured_at_half_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(
+        derivatives, "no_room", lambda need: "too much" if need > 15 * 15 * 2.3 * 4 else None
+    )
+    case = custom_case(23, H=1, D=3, derivatives=True)
+    figures = list(derivatives.measure_memory(case, implementation="reference"))
+    forward = [(f["contender"], f["N"], f["skipped"]) for f in figures[:6]]
+    assert forward == [
+        *(("tilewise", 23, None), ("tilewise.torch", 23, None), ("PyTorch math", 23, "too much")),
+        *((name, 11, None) for name in ("tilewise", "tilewise.torch", "PyTorch math")),
+    ]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_wrong_tangent_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    tilewise = contenders.tilewise
+
+    def broken(*given: Any) -> contenders.Contender:
+        right = tilewise(*given)
+        return replace(right, jvp=lambda: (right.jvp()[0], 1.001 * right.jvp()[1]))
+
+    case = custom_case(13, H=1, D=3, derivatives=True)
+    monkeypatch.setattr(contenders, "tilewise", broken)
+    with pytest.raises(CaseFailed, match=r"tilewise is wrong: .*to 1\.0e-03"):
+        measuring.run_case(case, implementation="reference")
+
+
+def test_true_tangents_agree_with_the_reference() -> None:
+    case = replace(custom_case(7, H=4, D=3, causal=True, derivatives=True), Hk=2, Nk=11)
+    x = case.problem("float64")
+    options: Any = {"mask": tw.causal(), "implementation": "reference"}
+    made = door.attention(x.q, x.k, x.v, return_stats=True, **options)
+    tq, tk, tv = x.tangents
+    given = (x.q, x.k, x.v, made.o, made.stats)
+    want = {
+        **door.attention_jvp(tq, tk, tv, *given, **options)._asdict(),
+        **dict(
+            zip(
+                ("tdq", "tdk", "tdv"),
+                door.attention_vjp_jvp(x.do, tq, tk, tv, *given, **options),
+                strict=False,
+            )
+        ),
+    }
+    got = x.true_tangents()
+    assert set(got) == set(want)
+    for name, value in want.items():
+        assert textbook.relative_error(got[name], value) < 1e-8, name
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_door_to_pytorch_takes_part_where_calls_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(measuring, "_FEWEST_QUERIES_THROUGH_TORCH", 13)
+    for N, present in ((12, False), (13, True)):
+        case = replace(custom_case(N, H=1, D=3, causal=True), textbook=False)
+        ran = measuring.run_case(case, repeats=1, implementation="reference")
+        assert ("tilewise.torch" in {t["contender"] for t in ran["timings"]}) == present
+
+
 def test_failed_case_ends_with_status_1(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(case: Case, **options: Any) -> Any:
         raise CaseFailed(f"{case.name}: killed by signal 9")
@@ -133,6 +251,7 @@ def test_failed_case_ends_with_status_1(app: typer.Typer, monkeypatch: pytest.Mo
     [
         (("--dtype", "float16"), "--dtype must be float32 or float64"),
         (("--suite", "huge"), "--suite must be quick or full"),
+        (("--derivatives", "--dtype", "float64"), "--derivatives takes float32 alone"),
         (("--json", "/nonexistent/figures.json"), "cannot be written"),
     ],
 )
@@ -149,7 +268,9 @@ def test_bad_options_are_refused_in_one_line(
 def test_operations_follow_the_convention() -> None:
     full = custom_case(2048, H=4, D=64)
     assert full.flop("forward") == 4 * 4 * 2048 * 2048 * 64
-    assert full.flop("backward") == 2.5 * full.flop("forward")
+    multiples = {"backward": 2.5, "jvp": 3, "double backward": 7.5}
+    for direction, multiple in multiples.items():
+        assert full.flop(direction) == multiple * full.flop("forward")
     assert custom_case(2048, causal=True).pairs() == 2048 * 2048 / 2
     window = custom_case(61, window=7, H=1, D=2)
     assert window.pairs() == window.problem("float32").visible(0, 61).sum()

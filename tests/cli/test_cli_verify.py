@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 import tilewise
+from tilewise import dispatch
+from tilewise.base.operator import Implementation
 from tilewise.cli import app, main
+from tilewise.ops.attention import reference
+from tilewise.verify.grid import END, START
 
 OWN = """
 import numpy as np
+
+def jvp(tq, tk, tv, q, k, v, o, stats, *, softmax_scale=None):
+    scale = q.dtype.type(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    s = q @ k.swapaxes(-1, -2) * scale
+    w = np.exp(s - s.max(axis=-1, keepdims=True))
+    p = w / w.sum(axis=-1, keepdims=True)
+    ts = (tq @ k.swapaxes(-1, -2) + q @ tk.swapaxes(-1, -2)) * scale
+    mu = (p * ts).sum(axis=-1, keepdims=True)
+    return (p * ts) @ v - mu * o + p @ tv, mu[..., 0]
 
 def attention(q, k, v, *, softmax_scale=None):
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -62,7 +77,17 @@ def test_own_function_passes_and_skips_what_it_does_not_take(own):
     result = invoke("own_attention:attention", "--select", "size/more")
     assert result.exit_code == 0, result.output
     assert "2 passed, 0 failed" in result.output
-    assert "no gradients were given" in result.output
+    for kind in ("vjp", "jvp", "vjp_jvp"):
+        assert f"no {kind} was given" in result.output
+
+
+def test_tangents_of_an_own_function_are_audited(own):
+    command = ["own_attention:attention", "--jvp", "own_attention:jvp", "--select", "size/more"]
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    assert "no jvp was given" not in result.output
+    assert "to 0." in result.output
+    assert "tlse 0." in result.output
 
 
 def test_a_failing_audit_exits_with_1_and_names_the_failure(own):
@@ -95,6 +120,69 @@ def test_json_goes_to_a_file(tmp_path):
     assert data["passed"] is True
     assert data["tilewise"] == tilewise.__version__
     assert [case["name"] for case in data["cases"]] == ["heads/one-head"]
+
+
+def test_the_grid_of_derivatives_is_shown_and_exits_with_0():
+    pytest.importorskip("torch")
+    result = invoke("--derivatives", "--implementation", "reference", "--select", "softcap")
+    assert result.exit_code == 0, result.output
+    assert "derivatives of attention, reference: 5 passed, 0 failed, 0 skipped" in result.output
+    assert "differentiated by PyTorch" in result.output
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "tilewise.verify.sweep.find_spec", lambda name: None if name == "torch" else found(name)
+    )
+
+
+def test_the_grid_says_which_columns_need_pytorch(without_torch):
+    result = invoke("--derivatives", "--implementation", "reference", "--select", "softcap")
+    assert result.exit_code == 0, result.output
+    assert "double backward and vmap need PyTorch, which is not installed" in result.output
+    assert "3 passed, 0 failed, 2 skipped" in result.output
+
+
+def test_a_grid_with_a_wrong_cell_exits_with_1(without_torch, monkeypatch):
+    first = Implementation("first_only", reference.forward, reference.vjp)
+    monkeypatch.setitem(dispatch.TABLE["attention"], "first_only", "first_only_attention")
+    monkeypatch.setitem(sys.modules, "first_only_attention", SimpleNamespace(IMPLEMENTATION=first))
+    result = invoke("--derivatives", "--implementation", "first_only", "--select", "softcap")
+    assert result.exit_code == 1
+    assert "failed softcap, jvp: float32 raised Unsupported" in result.output
+
+
+def test_the_grid_goes_to_files_and_between_the_markers_of_a_page(without_torch, tmp_path):
+    page, figures = tmp_path / "page.md", tmp_path / "grid.json"
+    page.write_text(f"# Title\n\n{START}{END}\n\nMore.\n")
+    command = ["--derivatives", "--implementation", "reference", "--select", "softcap"]
+    result = invoke(*command, "--markdown", str(page), "--json", str(figures))
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert text.startswith(f"# Title\n\n{START}\n| option | backward |")
+    assert text.endswith(f"\n{END}\n\nMore.\n")
+    assert json.loads(figures.read_text())["passed"] is True
+    alone = invoke(*command, "--markdown", "-")
+    assert alone.output.startswith("| option | backward |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--markdown", "grid.md"], "comes with --derivatives"),
+        (["json:dumps", "--derivatives"], "is for attention only"),
+        (["--derivatives", "--jvp", "json:dumps"], "comes with a function of your own"),
+        (["--derivatives", "--json", "-", "--markdown", "-"], "only one of --json and --markdown"),
+        (["--derivatives", "--select", "no such option"], "select must be part of an option's"),
+        (["--derivatives", "--implementation", "fast"], "implementation must be one of"),
+    ],
+)
+def test_a_wrong_call_of_the_grid_exits_with_2(monkeypatch, capsys, tmp_path, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "verify", *arguments) == 2
+    assert text in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,24 +15,51 @@ import pytest
 from numpy.typing import NDArray
 
 from tilewise.verify.cases.attention import Problem
-from tilewise.verify.subject import of_implementation
+from tilewise.verify.subject import RESULTS, Known, Subject, of_implementation
 
 Results = dict[str, NDArray[Any]]
+
+
+# What each function of the core writes; it adds to dbias, which must hold zeros.
+ROWS = ("o", "m", "log_l", "lse", "max_logit", "entropy")
+GRADIENTS = ("dq", "dk", "dv", "dsinks")
+WRITTEN = {
+    "attention_forward": ROWS,
+    "attention_forward_jvp": (*ROWS, "to", "tlse"),
+    "attention_jvp": ("to", "tlse"),
+    "attention_vjp": GRADIENTS,
+    "attention_vjp_jvp": GRADIENTS,
+}
 
 
 @pytest.fixture(scope="session")
 def results() -> Callable[[Problem], Results]:
     """Every array that the forward and the backward of the compiled kernels return."""
     pytest.importorskip("tilewise._core")
-    subject = of_implementation("cpu")
+    return partial(evaluate, of_implementation("cpu"), ("vjp",))
 
-    def evaluate(problem: Problem) -> Results:
-        forward = subject.forward(problem)
-        m, log_l = forward.stats
-        grads = subject.backward(problem, forward, forward.values["lse"])
-        return {**forward.values, "m": m, "log_l": log_l, **grads}
 
-    return evaluate
+@pytest.fixture(scope="session")
+def derivatives() -> Callable[[Problem], Results]:
+    """Every array that the compiled kernels return, with every derivative."""
+    pytest.importorskip("tilewise._core")
+    return partial(evaluate, of_implementation("cpu"), tuple(RESULTS))
+
+
+@pytest.fixture(scope="session")
+def reference_derivatives() -> Callable[[Problem], Results]:
+    """Every array that the reference returns."""
+    return partial(evaluate, of_implementation("reference"), tuple(RESULTS))
+
+
+def evaluate(subject: Subject, kinds: tuple[str, ...], problem: Problem) -> Results:
+    """Run the forward pass and some derivatives."""
+    forward = subject.forward(problem)
+    m, log_l = forward.stats
+    found = {**forward.values, "m": m, "log_l": log_l}
+    for kind in kinds:
+        found |= subject.derive(kind, problem, Known(forward, forward.values["lse"]))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +68,16 @@ def poisoned_outputs() -> Iterator[None]:
     cpu = pytest.importorskip("tilewise.ops.attention.cpu")
     core = cpu._core
 
-    def forward(*arrays: Any, **options: Any) -> None:
-        written = ("m", "log_l", "lse", "max_logit", "entropy")
-        fill(arrays[3], *(options[name] for name in written))
-        core.attention_forward(*arrays, **options)
+    def poisoned(name: str) -> Callable[..., None]:
+        def run(*arrays: Any, **options: Any) -> None:
+            given = dict(zip(("q", "k", "v", "o"), arrays, strict=False)) | options
+            fill(*(given.get(written) for written in WRITTEN[name]))
+            getattr(core, name)(*arrays, **options)
 
-    def vjp(*arrays: Any, **options: Any) -> None:
-        # dbias must hold zeros.
-        fill(*(options[name] for name in ("dq", "dk", "dv", "dsinks")))
-        core.attention_vjp(*arrays, **options)
+        return run
 
     with pytest.MonkeyPatch.context() as patch:
-        poisoned = SimpleNamespace(attention_forward=forward, attention_vjp=vjp)
-        patch.setattr(cpu, "_core", poisoned)
+        patch.setattr(cpu, "_core", SimpleNamespace(**{name: poisoned(name) for name in WRITTEN}))
         yield
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
+from hashlib import blake2b
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -33,11 +36,19 @@ _PATTERNS: dict[str, Callable[..., Mask]] = {
     "lengths": masks.lengths,
     "documents": masks.documents,
 }
-_CACHED_BYTES: Final = 1 << 22
+_RECENT_BYTES: Final = 1 << 27
+_MOST_RECENT: Final = 128
 
 
-def to_literal(mask: Mask) -> tuple[str, Arrays]:
-    """Return the expression that makes a mask, in which `a0`, `a1`, ... stand for its arrays."""
+def to_literal(mask: Mask | Lowered) -> tuple[str, Arrays]:
+    """Return the expression that makes a mask, in which `a0`, `a1`, ... stand for its arrays.
+
+    The arrays are writable, because frameworks warn of others. Nobody is to write into them.
+    """
+    if isinstance(mask, RowIntervals):
+        return ROWS, (mask.rows.copy(),)
+    if isinstance(mask, PackedBits):
+        return BITS, (mask.bits.copy(), mask.tiles.copy())
     arrays: list[NDArray[Any]] = []
 
     def name(frozen: Any) -> str:
@@ -64,10 +75,16 @@ def from_literal(text: str, arrays: Arrays, operator: str) -> Mask | Lowered:
         return PackedBits(*map(np.ascontiguousarray, arrays))
     # Sizes over which an array repeats say nothing: without them it is small.
     arrays = tuple(a[tuple(slice(1 if s == 0 else None) for s in a.strides)] for a in arrays)
-    if sum(array.nbytes for array in arrays) > _CACHED_BYTES:
-        return _build(text, arrays, operator)
-    contents = tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
-    return _of_contents(text, contents, operator)
+    key = (text, operator, *[(a.shape, a.dtype.str, _digest(a)) for a in arrays])
+    mask = _recent.get(key)
+    if mask is None:
+        mask = _build(text, arrays, operator)
+        _recent.put(key, mask, sum(array.nbytes for array in arrays))
+    return mask
+
+
+def _digest(array: NDArray[Any]) -> bytes:
+    return blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
 
 
 @lru_cache(maxsize=128)
@@ -75,12 +92,32 @@ def _of_numbers(text: str) -> Mask:
     return _build(text, (), "mask")
 
 
-@lru_cache(maxsize=16)
-def _of_contents(
-    text: str, contents: tuple[tuple[tuple[int, ...], str, bytes], ...], operator: str
-) -> Mask:
-    arrays = (np.frombuffer(data, dtype).reshape(shape) for shape, dtype, data in contents)
-    return _build(text, tuple(arrays), operator)
+class _Recent:
+    """The masks that were asked for last, as many as fit into a number of bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._bytes, self._lock = most_bytes, 0, Lock()
+        self._masks: OrderedDict[Any, tuple[Mask, int]] = OrderedDict()
+
+    def get(self, key: Any) -> Mask | None:
+        """Return a mask, or None where it is not known."""
+        with self._lock:
+            if key not in self._masks:
+                return None
+            self._masks.move_to_end(key)
+            return self._masks[key][0]
+
+    def put(self, key: Any, mask: Mask, size: int) -> None:
+        """Keep a mask; forget others where there is no room."""
+        with self._lock:
+            if key not in self._masks:
+                self._masks[key] = mask, size
+                self._bytes += size
+            while self._bytes > self._most or len(self._masks) > _MOST_RECENT:
+                self._bytes -= self._masks.popitem(last=False)[1][1]
+
+
+_recent = _Recent(_RECENT_BYTES)
 
 
 def _build(text: str, arrays: Arrays, operator: str) -> Mask:
@@ -94,7 +131,9 @@ def _build(text: str, arrays: Arrays, operator: str) -> Mask:
                 return value(left) | value(right)
             case ast.Call(func=ast.Name(id="dense"), args=[array], keywords=[]):
                 return as_mask(value(array), operator)
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if (
+                name in _PATTERNS
+            ):
                 named = {str(keyword.arg): value(keyword.value) for keyword in keywords}
                 return _PATTERNS[name](*map(value, args), **named)
             case ast.Name(id=name):

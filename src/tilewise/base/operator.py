@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,8 @@ class FlatOperator:
         residuals: Names of what a derivative needs besides inputs and active outputs.
         rank: Number of dimensions of the first input.
         shapes: ``(shapes of the inputs, options) -> shapes of outputs and residuals``.
+        folds: ``(kind, arrays, options) -> bool``: whether the first dimension of all arguments is a
+            batch of problems that do not know each other, so that more of them are a larger batch.
         prepare: ``(inputs, options) -> call``, validated.
         forward: ``(implementation, call, needed) -> outputs and residuals``.
         vjp: ``(implementation, call, needed, cotangents, outputs, residuals) -> gradients``.
@@ -187,6 +190,7 @@ class FlatOperator:
     residuals: tuple[str, ...]
     rank: int
     shapes: Callable[..., tuple[tuple[int, ...], ...]]
+    folds: Callable[..., bool]
     prepare: Callable[..., Any]
     forward: Callable[..., Arrays]
     vjp: Callable[..., Arrays]
@@ -205,6 +209,19 @@ class FlatOperator:
         given = {"vjp": (y,), "jvp": (x,), "vjp_jvp": (y, x, y, y)}[kind]
         return (*given, len(self.inputs), y, len(self.residuals))
 
+    def arguments(self, kind: str) -> tuple[str, ...]:
+        """Return the names of the arrays that a function of this kind takes.
+
+        `d_` marks cotangents, `t_` tangents and `td_` tangents of cotangents.
+        """
+        if kind == "forward":
+            return self.inputs
+        x, y = self.inputs[: self.active_inputs], self.outputs[: self.active_outputs]
+        dy, tx = [f"d_{name}" for name in y], [f"t_{name}" for name in x]
+        tdy, ty = [f"td_{name}" for name in y], [f"t_{name}" for name in y]
+        given = {"vjp": dy, "jvp": tx, "vjp_jvp": [*tdy, *tx, *dy, *ty]}[kind]
+        return (*given, *self.inputs, *y, *self.residuals)
+
     def split(self, kind: str, flat: Sequence[Any]) -> list[tuple[Any, ...]]:
         """Cut a flat list of arguments into its groups."""
         groups, start = [], 0
@@ -212,6 +229,11 @@ class FlatOperator:
             groups.append(tuple(flat[start : start + length]))
             start += length
         return groups
+
+    @cached_property
+    def first(self) -> dict[str, int]:
+        """For each kind, where the inputs begin among its arguments."""
+        return {kind: sum(self.lengths(kind)[:-3]) for kind in KINDS}
 
     def results(self, kind: str) -> int:
         """Return how many arrays a function of this kind returns."""

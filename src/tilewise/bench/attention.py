@@ -5,7 +5,8 @@ when it loads. Contenders take turns (A B C, A B C, ...), so that a busy machine
 the speed ratio is the median of the ratios within each turn.
 
 Floating-point operations: forward `2 pairs (D + Dv)` per head, where `pairs` is the number of
-visible (query, key) pairs, `N Nk / 2` for causal; backward 2.5 times the forward.
+visible (query, key) pairs, `N Nk / 2` for causal. The others in multiples of these two products:
+backward 5, forward with its JVP in one pass 6, double backward 15 (the JVP 5, its VJP 10).
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from typing import Any
 import numpy as np
 
 from tilewise.bench import contenders, textbook
-from tilewise.bench.contenders import TEXTBOOK, Contender, Problem
+from tilewise.bench.contenders import (
+    DOOR,
+    MATH,
+    PACKED,
+    PYTORCH,
+    TEXTBOOK,
+    TILEWISE,
+    Contender,
+    Problem,
+)
 from tilewise.hardware import machine, memory
 
 __all__ = ["SUITES", "Case", "CaseFailed", "Timing", "custom_case", "report", "run_case"]
 
+_PRODUCTS = {"forward": 2, "backward": 5, "jvp": 6, "double backward": 15}
 _GATE_ROUNDINGS = 64
 _SLOW_SECONDS = 0.25
 _SLOW_ROUNDS = 3
@@ -32,11 +43,15 @@ _SPENT_SECONDS = 1.0
 _MOST_ROUNDS = 61
 # A library's idle threads may spin for a while; let them sleep before the other one starts.
 _PAUSE_SECONDS = 0.02
+_FEWEST_QUERIES_THROUGH_TORCH = 512
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem size and its mask; `threads` lists the thread counts, None for the run's own."""
+    """A problem size and its mask; `threads` lists the thread counts, None for the run's own.
+
+    `derivatives` adds the JVP and double backward, beside the one peer that has them.
+    """
 
     name: str
     B: int
@@ -51,6 +66,14 @@ class Case:
     packed: bool = False
     textbook: bool = True
     threads: tuple[int, ...] | None = None
+    derivatives: bool = False
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Directions, those together that take turns with each other."""
+        if self.derivatives:
+            return ("forward", "jvp"), ("backward", "double backward")
+        return (("forward",), ("backward",)) if self.backward else (("forward",),)
 
     @property
     def keys(self) -> int:
@@ -70,9 +93,8 @@ class Case:
         return self.N * self.keys * (0.5 if self.causal else 1.0)
 
     def flop(self, direction: str) -> float:
-        """Return the floating-point operations of "forward" or "backward"."""
-        forward = 4.0 * self.B * self.H * self.pairs() * self.D
-        return forward if direction == "forward" else 2.5 * forward
+        """Return the floating-point operations of a direction."""
+        return 2.0 * _PRODUCTS[direction] * self.B * self.H * self.pairs() * self.D
 
     def kv_bytes(self, itemsize: int) -> int:
         """Return the bytes of k and v, which a decode step reads once."""
@@ -83,8 +105,9 @@ class Case:
         rng = np.random.default_rng(0)
         kv = (self.B, self.kv_heads, self.keys, self.D)
         query = (self.B, self.H, self.N, self.D)
-        q, k, v, do = (rng.standard_normal(shape).astype(dtype) for shape in (query, kv, kv, query))
-        return Problem(q, k, v, do, self.causal, self.window)
+        shapes = (query, kv, kv, query, *((query, kv, kv) if self.derivatives else ()))
+        q, k, v, do, *tangents = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+        return Problem(q, k, v, do, self.causal, self.window, tuple(tangents))
 
 
 _FULL_64 = Case("full, N=2048, D=64", 1, 4, 2048, 64)
@@ -112,17 +135,34 @@ SUITES: dict[str, tuple[Case, ...]] = {
 
 
 def custom_case(
-    N: int, *, B: int = 1, H: int = 4, D: int = 64, causal: bool = False, window: int | None = None
+    N: int,
+    *,
+    B: int = 1,
+    H: int = 4,
+    D: int = 64,
+    causal: bool = False,
+    window: int | None = None,
+    derivatives: bool = False,
 ) -> Case:
     """Return a case of N queries and keys with a name made from its sizes."""
     mask = f"causal window {window}" if window is not None else "causal" if causal else "full"
-    name = f"{mask}, N={N}, B={B}, H={H}, D={D}"
-    return Case(name, B, H, N, D, causal=causal or window is not None, window=window)
+    return Case(
+        f"{mask}, N={N}, B={B}, H={H}, D={D}",
+        *(B, H, N, D),
+        causal=causal or window is not None,
+        window=window,
+        textbook=not derivatives,
+        derivatives=derivatives,
+    )
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender in one direction; `ratio` is its time over tilewise's (above 1: slower)."""
+    """One contender in one direction.
+
+    `ratio` is its time over tilewise's (above 1: slower), `factor` its time over its own in the
+    first direction of the group; both are medians over the turns.
+    """
 
     case: str
     direction: str
@@ -136,6 +176,7 @@ class Timing:
     kv_gbytes_per_s: float | None
     share_of_peak: float | None
     ratio: float
+    factor: float
     errors: dict[str, float]
 
 
@@ -213,6 +254,10 @@ class _Entry:
         return self.contender.name, self.threads
 
 
+Label = tuple[str, int, str]
+"""Contender, threads, direction."""
+
+
 def measure_case(
     case: dict[str, Any], dtype: str, threads: int, repeats: int, implementation: str | None
 ) -> dict[str, Any]:
@@ -221,26 +266,35 @@ def measure_case(
     chosen = Case(**case, threads=None if counts is None else tuple(counts))
     problem = chosen.problem(dtype)
     found, skipped = _contenders(chosen, problem, implementation)
-    limit = _GATE_ROUNDINGS * float(np.finfo(dtype).eps)
     truth = problem.truth()._asdict()
+    if chosen.derivatives:
+        truth |= problem.true_tangents()
     entries = []
     for contender in found:
         for count in chosen.threads or (threads,):
             contenders.set_threads(count)
-            errors = _errors(contender, truth, chosen.backward)
-            if not all(error <= limit for error in errors.values()):
-                shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-                return {"wrong": f"{contender.name} is wrong: relative errors {shown}"}
+            errors = _errors(contender, truth, chosen.groups)
+            wrong = verdict(contender.name, errors, dtype)
+            if wrong:
+                return {"wrong": wrong}
             entries.append(_Entry(contender, count, errors))
     del truth
     peak = fma_peak(dtype)
     timings = []
-    for direction in ("forward", "backward") if chosen.backward else ("forward",):
-        times = _alternate([(e, _call(e.contender, direction)) for e in entries], repeats)
-        timings += [
-            asdict(_timing(chosen, direction, e, times, peak, problem.q.itemsize)) for e in entries
-        ]
+    for group in chosen.groups:
+        calls = [(e, d, e.contender.prepare(d)) for d in group for e in entries]
+        times = _alternate(calls, repeats)
+        fixed = (times, peak, problem.q.itemsize)
+        timings += [asdict(_timing(chosen, group[0], d, e, *fixed)) for e, d, _ in calls]
     return {"case": asdict(chosen), "timings": timings, "peak_gflops": peak, "skipped": skipped}
+
+
+def verdict(name: str, errors: dict[str, float], dtype: str) -> str | None:
+    """Return in words what is wrong with a contender, None where its errors pass the gate."""
+    if all(error <= _GATE_ROUNDINGS * float(np.finfo(dtype).eps) for error in errors.values()):
+        return None
+    shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return f"{name} is wrong: relative errors {shown}"
 
 
 def fma_peak(dtype: str) -> float | None:
@@ -255,55 +309,62 @@ def fma_peak(dtype: str) -> float | None:
 def _contenders(
     case: Case, problem: Problem, implementation: str | None
 ) -> tuple[list[Contender], dict[str, str]]:
-    found = [contenders.tilewise(problem, implementation)]
-    skipped: dict[str, str] = {}
-    peers = [contenders.pytorch(problem)]
-    if case.packed:
-        peers.append(contenders.pytorch(problem, packed=True))
-    if None in peers:
-        skipped["PyTorch"] = "not installed"
-    found += [peer for peer in peers if peer is not None]
-    if case.textbook:
-        need = textbook.peak_bytes(case.B * case.H, case.N, case.keys, problem.q.itemsize)
-        free = memory.available()
-        if free is not None and need > 0.8 * free:
-            skipped[TEXTBOOK] = f"needs {need} bytes, {free} available"
+    names = [DOOR] if case.derivatives or case.N >= _FEWEST_QUERIES_THROUGH_TORCH else []
+    names.append(MATH if case.derivatives else PYTORCH)
+    names += [PACKED] * case.packed + [TEXTBOOK] * case.textbook
+    sizes = (case.B * case.H, case.N, case.keys, problem.q.itemsize)
+    needs = {
+        TEXTBOOK: textbook.peak_bytes(*sizes),
+        # Both directions of a group are prepared at once.
+        MATH: sum(contenders.math_bytes(*sizes, direction) for direction in case.groups[-1]),
+    }
+    found, skipped = [contenders.tilewise(problem, implementation)], {}
+    for name in names:
+        reason = no_room(needs.get(name, 0))
+        peer = None if reason else contenders.make(name, problem, implementation)
+        if peer is None:
+            skipped[name] = reason or "PyTorch is not installed"
         else:
-            found.append(contenders.textbook_numpy(problem))
+            found.append(peer)
     return found, skipped
 
 
-def _errors(contender: Contender, truth: dict[str, Any], backward: bool) -> dict[str, float]:
-    saved = contender.save() if backward else contender.forward()
-    got = contender.results(saved) if backward else contender.outputs(saved)
-    return {n: textbook.relative_error(got[n], truth[n]) for n in truth if n in got}
+def no_room(need: int) -> str | None:
+    """Return in words that `need` is more than 80 % of the memory available, or None."""
+    free = memory.available()
+    if free is None or need <= 0.8 * free:
+        return None
+    return f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} available"
 
 
-def _call(contender: Contender, direction: str) -> Callable[[], Any]:
-    if direction == "forward":
-        return contender.forward
-    saved = contender.save()
-    return lambda: contender.backward(saved)
+def _errors(
+    contender: Contender, truth: dict[str, Any], groups: tuple[tuple[str, ...], ...]
+) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for direction in (direction for group in groups for direction in group):
+        got = contender.run(direction)
+        errors |= {n: textbook.relative_error(got[n], truth[n]) for n in truth if n in got}
+    return errors
 
 
 def _alternate(
-    calls: list[tuple[_Entry, Callable[[], Any]]], repeats: int
-) -> dict[tuple[str, int], list[float]]:
-    """Return the seconds of every turn by contender; the first call of each only warms up."""
-    times: dict[tuple[str, int], list[float]] = {entry.label: [] for entry, _ in calls}
-    first = {entry.label: _once(entry, call) for entry, call in calls}
+    calls: list[tuple[_Entry, str, Callable[[], Any]]], repeats: int
+) -> dict[Label, list[float]]:
+    """Return the seconds of every turn; the first call of each only warms up."""
+    first = {(*entry.label, direction): _once(entry, call) for entry, direction, call in calls}
+    times: dict[Label, list[float]] = {label: [] for label in first}
     # Only the baseline may sit out turns: a peer has to be there in each of them.
-    slow = {e.label for e, _ in calls if e.contender.name == TEXTBOOK}
-    slow = {label for label in slow if first[label] > _SLOW_SECONDS}
+    slow = {label for label in first if label[0] == TEXTBOOK and first[label] > _SLOW_SECONDS}
     turn = sum(seconds for label, seconds in first.items() if label not in slow)
-    turn += sum(_PAUSE_SECONDS for entry, _ in calls if entry.threads > 1)
+    turn += sum(_PAUSE_SECONDS for entry, _, _ in calls if entry.threads > 1)
     rounds = max(repeats, min(_MOST_ROUNDS, int(_SPENT_SECONDS / max(turn, 1e-6))))
     gc.disable()
     try:
         for index in range(rounds):
-            for entry, call in calls:
-                if index < _SLOW_ROUNDS or entry.label not in slow:
-                    times[entry.label].append(_once(entry, call))
+            for entry, direction, call in calls:
+                label = (*entry.label, direction)
+                if index < _SLOW_ROUNDS or label not in slow:
+                    times[label].append(_once(entry, call))
     finally:
         gc.enable()
     return times
@@ -322,18 +383,22 @@ def _once(entry: _Entry, call: Callable[[], Any]) -> float:
 
 def _timing(
     case: Case,
+    first: str,
     direction: str,
     entry: _Entry,
-    times: dict[tuple[str, int], list[float]],
+    times: dict[Label, list[float]],
     peak: float | None,
     itemsize: int,
 ) -> Timing:
-    own = times[entry.label]
-    base = times["tilewise", entry.threads]
+    own = times[*entry.label, direction]
     median = statistics.median(own)
     lower, _, upper = statistics.quantiles(own, n=4) if len(own) > 1 else (median,) * 3
     gflops = case.flop(direction) / median / 1e9
     decode = case.N == 1 and direction == "forward"
+
+    def over(other: Label) -> float:
+        return statistics.median(a / b for a, b in zip(own, times[other], strict=False))
+
     return Timing(
         case=case.name,
         direction=direction,
@@ -346,6 +411,7 @@ def _timing(
         gflops=gflops,
         kv_gbytes_per_s=case.kv_bytes(itemsize) / median / 1e9 if decode else None,
         share_of_peak=gflops / (peak * entry.threads) if peak else None,
-        ratio=statistics.median(a / b for a, b in zip(own, base, strict=False)),
+        ratio=over((TILEWISE, entry.threads, direction)),
+        factor=over((*entry.label, first)),
         errors=entry.errors,
     )

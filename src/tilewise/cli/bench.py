@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["attention", "register"]
 
 _DTYPES = ("float32", "float64")
+_DERIVATIVES_NOTE = (
+    " Factor: its time over its own forward (of a jvp, which contains one) or backward. Memory: "
+    "growth of a fresh process beyond inputs and outputs, from the inputs to all results."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -55,6 +61,9 @@ def attention(
     implementation: Annotated[
         str | None, typer.Option("--implementation", help="cpu or reference.")
     ] = None,
+    derivatives: Annotated[
+        bool, typer.Option("--derivatives", help="JVP and double backward too; memory of each.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
     ] = None,
@@ -64,20 +73,26 @@ def attention(
 ) -> None:
     """Forward and backward of attention; no figure is shown for a result that is wrong."""
     from tilewise.bench.attention import SUITES, custom_case
+    from tilewise.bench.derivatives import CASES, MEMORY_CASE
 
     if dtype not in _DTYPES:
         _fail(f"--dtype must be float32 or float64, got {dtype!r}")
     if suite not in SUITES:
         _fail(f"--suite must be {' or '.join(SUITES)}, got {suite!r}")
+    if derivatives and dtype != "float32":
+        _fail("--derivatives takes float32 alone")
     for path in (json_file, plot_file):
         _check_writable(path)
     if plot_file is not None:
         _check_matplotlib()
-    cases = SUITES[suite]
+    cases: tuple[Case, ...] = CASES if derivatives else SUITES[suite]
+    whole: tuple[Case, ...] = (MEMORY_CASE,) if derivatives else ()
     if n:
         sizes: dict[str, Any] = {"B": batch, "H": heads, "D": head_dim}
-        cases = tuple(custom_case(N, **sizes, causal=causal, window=window) for N in n)
-    result = _run(cases, dtype, threads, repeats, implementation)
+        sizes |= {"causal": causal, "window": window, "derivatives": derivatives}
+        cases = tuple(custom_case(N, **sizes) for N in n)
+        whole = cases if derivatives else ()
+    result = _run(cases, whole, dtype, threads, repeats, implementation)
     if json_file is not None:
         replace_text(json_file, json.dumps(result, indent=2) + "\n")
     if plot_file is not None:
@@ -110,34 +125,52 @@ def _check_matplotlib() -> None:
 
 def _run(
     cases: tuple[Case, ...],
+    whole: tuple[Case, ...],
     dtype: str,
     threads: int,
     repeats: int,
     implementation: str | None,
 ) -> dict[str, Any]:
+    """Time `cases` and measure the memory of `whole`, showing each as soon as it is done."""
+    from rich.console import Console
+
+    from tilewise.bench.attention import report, run_case
+    from tilewise.bench.derivatives import measure_memory
+
+    screen, runs, spaces = Console(), [], []
+    failed: list[str] = []
+    options: dict[str, Any] = {"threads": threads, "implementation": implementation}
+    for case in cases:
+        with _attempt(case.name, failed):
+            runs.append(run_case(case, dtype=dtype, repeats=repeats, **options))
+            screen.print(_table(runs[-1], threads, dtype))
+    for case in whole:
+        with _attempt(f"memory, {case.name}", failed):
+            figures = list(measure_memory(case, **options))
+            spaces.append({"case": asdict(case), "figures": figures})
+            screen.print(_memory_table(spaces[-1], threads))
+    result = report(runs, dtype=dtype, threads=threads)
+    result |= {"memory": spaces, "failed": failed}
+    screen.print(_footer(result), highlight=False)
+    return result
+
+
+@contextlib.contextmanager
+def _attempt(name: str, failed: list[str]) -> Iterator[None]:
+    """Show that something is being measured; a failure of it is noted and told."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from tilewise.bench.attention import CaseFailed, report, run_case
+    from tilewise.bench.attention import CaseFailed
 
-    screen, runs, failed = Console(), [], []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    options: dict[str, Any] = {"dtype": dtype, "threads": threads, "repeats": repeats}
-    for case in cases:
-        try:
-            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                progress.add_task(case.name, total=None)
-                run = run_case(case, **options, implementation=implementation)
-        except CaseFailed as error:
-            failed.append(str(error))
-            typer.echo(f"bench: {error}", err=True)
-            continue
-        runs.append(run)
-        screen.print(_table(run, threads, dtype))
-    result = report(runs, dtype=dtype, threads=threads)
-    result["failed"] = failed
-    screen.print(_footer(result), highlight=False)
-    return result
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            progress.add_task(name, total=None)
+            yield
+    except CaseFailed as error:
+        failed.append(str(error))
+        typer.echo(f"bench: {error}", err=True)
 
 
 def _table(run: dict[str, Any], threads: int, dtype: str) -> Table:
@@ -148,8 +181,16 @@ def _table(run: dict[str, Any], threads: int, dtype: str) -> Table:
     shown = " and ".join(str(count) for count in counts)
     plural = "" if tuple(counts) == (1,) else "s"
     title = f"{run['case']['name']}: {dtype}, {shown} thread{plural}"
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE)
-    names = ("", "ms", "spread", "turns", "GFLOP/s", "of peak", "ratio")
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    names = ["", "ms", "spread", "turns", "GFLOP/s", "of peak", "ratio"]
+    if run["case"]["derivatives"]:
+        names.append("factor")
     for name in names:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     direction = None
@@ -157,7 +198,7 @@ def _table(run: dict[str, Any], threads: int, dtype: str) -> Table:
         if timing["direction"] != direction:
             direction = timing["direction"]
             table.add_row(f"[bold]{direction}[/]")
-        table.add_row(*_cells(timing, several=len(counts) > 1))
+        table.add_row(*_cells(timing, several=len(counts) > 1)[: len(names)])
     table.caption = "\n".join(_notes(run, counts)) or None
     return table
 
@@ -173,7 +214,31 @@ def _cells(timing: dict[str, Any], several: bool) -> list[str]:
         f"{timing['gflops']:.1f}",
         "" if share is None else f"{100 * share:.0f} %",
         f"{timing['ratio']:.2f}",
+        f"{timing['factor']:.2f}",
     ]
+
+
+def _memory_table(space: dict[str, Any], threads: int) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    title = f"memory, {space['case']['name']}: float32, {threads} thread{'s' * (threads > 1)}"
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE)
+    for name in ("", "extra MiB", "outputs MiB", "s"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    notes, group = [], None
+    for found in space["figures"]:
+        this = f"{found['direction']}, N={found['N']}"
+        if this != group:
+            group = this
+            table.add_row(f"[bold]{this}[/]")
+        if found["skipped"]:
+            notes.append(f"{this}: {found['contender']} left out: {found['skipped']}")
+            continue
+        sizes = (f"{found[name] / 2**20:.1f}" for name in ("extra_bytes", "output_bytes"))
+        table.add_row(f"  {found['contender']}", *sizes, f"{found['seconds']:.2f}")
+    table.caption = "\n".join(notes) or None
+    return table
 
 
 def _notes(run: dict[str, Any], counts: Sequence[int]) -> list[str]:
@@ -198,4 +263,6 @@ def _footer(result: dict[str, Any]) -> str:
         f"{result['machine']['processor']}, {result['machine']['cores']} cores{peak}\n{versions}\n"
         "Medians of alternating turns. Spread: between the quartiles, of the median. Ratio: the "
         "contender's time over tilewise's, median over the turns (above 1: tilewise is faster)."
+        + _DERIVATIVES_NOTE
+        * bool(result["memory"])
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +14,8 @@ import typer
 from tilewise.cli.files import replace_text
 
 if TYPE_CHECKING:
-    from tilewise.verify import Report
+    from tilewise.verify import Grid, Report
+    from tilewise.verify.audit import Progress
 
 __all__ = ["register", "verify"]
 
@@ -34,6 +37,14 @@ def verify(
         str | None,
         typer.Option("--vjp", help="Gradients of your own function, package.module:function."),
     ] = None,
+    jvp: Annotated[str | None, typer.Option("--jvp", help="Tangents of your own function.")] = None,
+    vjp_jvp: Annotated[
+        str | None, typer.Option("--vjp-jvp", help="Tangents of its gradients.")
+    ] = None,
+    derivatives: Annotated[
+        bool,
+        typer.Option("--derivatives", help="Every derivative with every option, as a grid."),
+    ] = False,
     select: Annotated[
         str | None, typer.Option("--select", help="Only cases whose name contains this.")
     ] = None,
@@ -41,31 +52,88 @@ def verify(
         str | None,
         typer.Option("--json", metavar="FILE", help="Write every figure there; - is the screen."),
     ] = None,
+    markdown_file: Annotated[
+        str | None,
+        typer.Option(
+            "--markdown",
+            metavar="FILE",
+            help="With --derivatives: write the grid there; - is the screen.",
+        ),
+    ] = None,
 ) -> None:
-    """Audit attention: errors against float64, gradients, masks, edge cases, same bits.
+    """Audit attention: errors against float64, derivatives, masks, edge cases, same bits.
 
     The exit status is 0 if everything passed, 1 if something failed, 2 for a wrong call.
     """
-    if json_file not in (None, "-"):
-        _check_writable(Path(json_file))
-    # A function of the user's own is looked for where the command is run, as python -m does.
-    sys.path.insert(0, os.getcwd())
-    report = _run(operator, implementation, vjp, select)
-    if json_file == "-":
-        typer.echo(report.as_json())
+    for name, file in (("--json", json_file), ("--markdown", markdown_file)):
+        if file not in (None, "-"):
+            _check_writable(name, Path(file))
+    if json_file == markdown_file == "-":
+        raise typer.BadParameter("only one of --json and --markdown can be -")
+    if derivatives:
+        own = {"--vjp": vjp, "--jvp": jvp, "--vjp-jvp": vjp_jvp}
+        _check_grid(operator, [name for name, given in own.items() if given is not None])
+        passed = _grid(implementation, select, json_file, markdown_file)
+    elif markdown_file is not None:
+        raise typer.BadParameter("comes with --derivatives", param_hint="--markdown")
     else:
-        _show(report)
-        if json_file is not None:
-            replace_text(Path(json_file), report.as_json() + "\n")
-    if not report.passed:
+        # A function of the user's own is looked for where the command is run, as python -m does.
+        sys.path.insert(0, os.getcwd())
+        passed = _audit(operator, implementation, (vjp, jvp, vjp_jvp), select, json_file)
+    if not passed:
         raise typer.Exit(1)
 
 
-def _run(operator: str, implementation: str | None, vjp: str | None, select: str | None) -> Report:
+def _audit(
+    operator: str,
+    implementation: str | None,
+    own: tuple[str | None, ...],
+    select: str | None,
+    json_file: str | None,
+) -> bool:
+    from tilewise.verify import run
+
+    vjp, jvp, vjp_jvp = own
+    with _progress() as progress:
+        report = run(operator, implementation, select, progress, vjp=vjp, jvp=jvp, vjp_jvp=vjp_jvp)
+    _write(report, {json_file: report.as_json})
+    return report.passed
+
+
+def _grid(
+    implementation: str | None, select: str | None, json_file: str | None, page: str | None
+) -> bool:
+    from tilewise.verify import derivatives
+    from tilewise.verify.grid import insert
+
+    with _progress() as progress:
+        grid = derivatives(implementation, select, progress)
+
+    def markdown() -> str:
+        table = grid.as_markdown()
+        if page in (None, "-") or not Path(str(page)).exists():
+            return table.rstrip("\n")
+        return insert(Path(str(page)).read_text(), table).rstrip("\n")
+
+    _write(grid, {json_file: grid.as_json, page: markdown})
+    return grid.passed
+
+
+def _write(found: Report | Grid, files: dict[str | None, Callable[[], str]]) -> None:
+    """Show what was found, unless one of its forms goes to the screen, and write the files."""
+    if "-" in files:
+        typer.echo(files["-"]())
+    else:
+        _show(found)
+    for file, text in files.items():
+        if file not in (None, "-"):
+            replace_text(Path(file), text() + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from tilewise.verify import run
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)
@@ -77,17 +145,24 @@ def _run(operator: str, implementation: str | None, vjp: str | None, select: str
         def show(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
-        return run(operator, implementation, select, show, vjp=vjp)
+        yield show
 
 
-def _show(report: Report) -> None:
+def _show(found: Report | Grid) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    for part in report.renderables():
+    for part in found.renderables():
         console.print(part)
 
 
-def _check_writable(path: Path) -> None:
+def _check_grid(operator: str, own: list[str]) -> None:
+    if operator != "attention":
+        raise typer.BadParameter("is for attention only", param_hint="--derivatives")
+    if own:
+        raise typer.BadParameter("comes with a function of your own", param_hint=own[0])
+
+
+def _check_writable(name: str, path: Path) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise typer.BadParameter(f"{path} cannot be written", param_hint="--json")
+        raise typer.BadParameter(f"{path} cannot be written", param_hint=name)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.base.errors import type_error, value_error
-from tilewise.ops.attention import spec
 
 from . import metrics
-from .cases.attention import CASES, Case, Problem
-from .oracle import BACKWARD, Oracle, consult
+from .cases.attention import CASES
+from .cases.problem import Case, Dims, Problem
+from .oracle import BACKWARD, SECOND, Oracle, Question, consult
 from .report import FAILED, PASSED, SKIPPED, CaseResult, Check, Report
-from .subject import Forward, Function, Skipped, Subject, load, of_function, of_implementation
+from .subject import (
+    RESULTS,
+    Forward,
+    Function,
+    Known,
+    Skipped,
+    Subject,
+    load,
+    of_function,
+    of_implementation,
+)
 
 __all__ = ["Progress", "audit_case", "run"]
 
@@ -27,6 +37,8 @@ Progress = Callable[[int, int, str], None]
 
 _TAILS = (1, 13)
 _THREADS = (1, 2)
+_SLOW_TARGET = "portable"
+_SLOW_WORK = 1_000_000
 
 
 def run(
@@ -36,6 +48,8 @@ def run(
     progress: Progress | None = None,
     *,
     vjp: str | Function | None = None,
+    jvp: str | Function | None = None,
+    vjp_jvp: str | Function | None = None,
     invariant: bool | None = None,
 ) -> Report:
     """Audit an implementation, or a function of your own.
@@ -49,6 +63,9 @@ def run(
         progress: Called before every case with (number, how many, name).
         vjp: The gradients of the own function, with the signature of
             `tilewise.numpy.attention_vjp`, or their name.
+        jvp: Its tangents, with the signature of `tilewise.numpy.attention_jvp`, or their name.
+        vjp_jvp: The tangents of its gradients, with the signature of
+            `tilewise.numpy.attention_vjp_jvp`, or their name.
         invariant: Whether parts of a problem must have the bits of the whole. By default that is
             asked of this library's fast implementations only.
 
@@ -59,9 +76,10 @@ def run(
         ValueError: No such operator, implementation, function or case.
         TypeError: Not a function.
     """
-    subject = _subject(operator, implementation, vjp)
+    derivatives = {"vjp": vjp, "jvp": jvp, "vjp_jvp": vjp_jvp}
+    subject = _subject(operator, implementation, derivatives)
     if invariant is not None:
-        subject = Subject(**{**vars(subject), "invariant": invariant})
+        subject = replace(subject, invariant=invariant)
     cases = [case for case in CASES if select is None or select in case.name]
     if not cases:
         raise value_error("verify", "select", "be part of a case's name", repr(select))
@@ -74,24 +92,29 @@ def run(
 
 
 def _subject(
-    operator: str | Function, implementation: str | None, vjp: str | Function | None
+    operator: str | Function,
+    implementation: str | None,
+    derivatives: dict[str, str | Function | None],
 ) -> Subject:
     if isinstance(operator, str) and ":" in operator:
         operator = load(operator)
-    if isinstance(vjp, str):
-        vjp = load(vjp)
+    loaded = {
+        kind: load(function) if isinstance(function, str) else function
+        for kind, function in derivatives.items()
+    }
     if callable(operator):
         if implementation is not None:
             got = repr(implementation)
             raise value_error("verify", "implementation", "be left out for a function", got)
-        return of_function(operator, vjp)
+        return of_function(operator, **loaded)
     if not isinstance(operator, str):
         raise type_error("verify", "operator", "be a name or a function", type(operator).__name__)
     if operator != "attention":
         requirement = "be 'attention' or package.module:function"
         raise value_error("verify", "operator", requirement, repr(operator))
-    if vjp is not None:
-        raise value_error("verify", "vjp", "come with a function", f"operator {operator!r}")
+    for kind, function in loaded.items():
+        if function is not None:
+            raise value_error("verify", kind, "come with a function", f"operator {operator!r}")
     return of_implementation(implementation)
 
 
@@ -104,22 +127,25 @@ def audit_case(case: Case, subject: Subject) -> CaseResult:
     except (Skipped, NotImplementedError) as reason:
         checks.append(Check("call", SKIPPED, detail=str(reason)))
     except Exception as error:
-        checks.append(Check("call", FAILED, detail=_text(error)))
+        checks.append(Check("call", FAILED, detail=text_of(error)))
     return CaseResult(case.name, case.group, tuple(checks), time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """A problem with what the audited function made of it."""
+    """A problem with what the audited function and its derivatives made of it."""
 
     problem: Problem
     forward: Forward
-    grads: dict[str, Array]
+    derived: dict[str, dict[str, Array]]
 
     def results(self) -> dict[str, Array]:
         stats = self.forward.stats
         pair = stats if isinstance(stats, tuple) else ()
-        return self.forward.values | self.grads | {f"stats[{i}]": x for i, x in enumerate(pair)}
+        found = self.forward.values | {f"stats[{i}]": x for i, x in enumerate(pair)}
+        for results in self.derived.values():
+            found = found | results
+        return found
 
 
 def _checks(case: Case, subject: Subject) -> Iterator[Check]:
@@ -127,24 +153,24 @@ def _checks(case: Case, subject: Subject) -> Iterator[Check]:
     a = problem.arrays
     # What the function would not take is skipped before the costly truth is computed.
     subject.check(problem)
-    call = spec.prepare(a["q"], a["k"], a["v"], **problem.options)
-    oracle = consult(call, _bhnd(case, "do", a["do"]), a.get("dlse"))
+    oracle = consult(Question.of(problem, tangents=subject.has_tangents))
     before = {name: x.tobytes() for name, x in a.items()}
     _poison_heap(oracle)
     with np.errstate(all="ignore"):
-        forward = subject.forward(problem)
-        for name, value in forward.values.items():
+        runs = _Runs(problem, subject.forward(problem), {})
+        for name, value in runs.forward.values.items():
             yield _accuracy(case, name, value, oracle)
-        grads: dict[str, Array] = {}
-        try:
-            grads = subject.backward(problem, forward, oracle.truth["lse"].astype(case.dtype))
-        except (Skipped, NotImplementedError) as reason:
-            yield Check("gradients", SKIPPED, detail=str(reason))
-        else:
-            yield from _gradients(case, grads, oracle)
+        lse = oracle.truth["lse"].astype(case.dtype)
+        for kind in subject.kinds:
+            known = Known(runs.forward, lse, runs.derived.get("jvp", {}))
+            try:
+                runs.derived[kind] = subject.derive(kind, problem, known)
+            except (Skipped, NotImplementedError) as reason:
+                yield Check(kind, SKIPPED, detail=str(reason))
+            else:
+                yield from _derived(case, RESULTS[kind], runs.derived[kind], oracle)
         changed = [name for name, x in a.items() if x.tobytes() != before[name]]
         yield _verdict("inputs unchanged", not changed, f"wrote to {', '.join(changed)}")
-        runs = _Runs(problem, forward, grads)
         yield _compare("same bits twice", runs.results(), _again(subject, runs).results())
         if subject.invariant:
             yield from _invariance(subject, runs)
@@ -152,11 +178,13 @@ def _checks(case: Case, subject: Subject) -> Iterator[Check]:
             yield from _machinery(subject, runs)
 
 
-def _gradients(case: Case, grads: dict[str, Array], oracle: Oracle) -> Iterator[Check]:
-    for name in BACKWARD:
-        if name in oracle.truth and name in grads:
-            yield _accuracy(case, name, grads[name], oracle)
-        elif name in oracle.truth or name in grads:
+def _derived(
+    case: Case, names: Sequence[str], found: dict[str, Array], oracle: Oracle
+) -> Iterator[Check]:
+    for name in names:
+        if name in oracle.truth and name in found:
+            yield _accuracy(case, name, found[name], oracle)
+        elif name in oracle.truth or name in found:
             problem = "was not returned" if name in oracle.truth else "is of nothing"
             yield Check(name, FAILED, detail=f"{name} {problem}")
 
@@ -166,7 +194,7 @@ def _accuracy(case: Case, name: str, value: Any, oracle: Oracle) -> Check:
     truth = oracle.truth[name]
     if not isinstance(value, np.ndarray):
         return Check(name, FAILED, detail=f"{name} is no array but {type(value).__name__}")
-    got = _bhnd(case, name, value)
+    got = case.in_order(name, value)
     if got.shape != truth.shape or got.dtype != case.dtype:
         found = f"{got.dtype} {got.shape}, should be {case.dtype} {truth.shape}"
         return Check(name, FAILED, detail=f"{name} is {found}")
@@ -191,38 +219,56 @@ def _accuracy(case: Case, name: str, value: Any, oracle: Oracle) -> Check:
 
 
 def _again(subject: Subject, runs: _Runs, *, least: bool = False) -> _Runs:
-    return _evaluate(subject, runs.problem, bool(runs.grads), least=least)
+    return _evaluate(subject, runs.problem, runs.derived, least=least)
 
 
-def _evaluate(subject: Subject, problem: Problem, backward: bool, *, least: bool = False) -> _Runs:
+def _evaluate(
+    subject: Subject, problem: Problem, kinds: Collection[str], *, least: bool = False
+) -> _Runs:
+    """Run the function and some of its derivatives.
+
+    Args:
+        subject: What is audited.
+        problem: The inputs.
+        kinds: The derivatives.
+        least: Ask for no statistics in the forward pass, and hand no tangents of o and lse to what
+            computes those of the gradients.
+    """
     forward = subject.forward(problem, least=least)
-    if not backward:
-        return _Runs(problem, forward, {})
-    lse = forward.values.get("lse", np.zeros(0))
-    return _Runs(problem, forward, subject.backward(problem, forward, lse))
+    derived: dict[str, dict[str, Array]] = {}
+    for kind in kinds:
+        lse = forward.values.get("lse", np.zeros(0))
+        known = Known(forward, lse, {} if least else derived.get("jvp", {}))
+        derived[kind] = subject.derive(kind, problem, known)
+    return _Runs(problem, forward, derived)
 
 
 def _invariance(subject: Subject, runs: _Runs) -> Iterator[Check]:
     """Check that parts of the problem have the bits of the whole."""
     case, d, whole = runs.problem.case, runs.problem.dims, runs.results()
-    backward = bool(runs.grads)
+    if "forward_jvp" in runs.derived:
+        apart, together = runs.forward.values, runs.derived["forward_jvp"]
+        both = {name: x for name, x in apart.items() if f"one-pass {name}" in together}
+        once = {name: together[f"one-pass {name}"] for name in both}
+        yield _compare("same bits in one pass with the tangents", both, once)
     less = _again(subject, runs, least=True).results()
     shared = {name: x for name, x in whole.items() if name in less}
     yield _compare("same bits with fewer results", shared, less)
     if d.B > 1:
-        b = d.B - 1
-        part = _evaluate(subject, runs.problem.entry(b), backward)
+        # Which pairs are dropped depends on the index in the batch.
+        b = 0 if case.dropout else d.B - 1
+        part = _evaluate(subject, runs.problem.entry(b), runs.derived)
         yield _compare("same bits in a batch of one", _of_entry(runs, b), part.results())
     if case.moves:
         for n in sorted({min(n, d.N - 1) for n in _TAILS if d.N > 1}):
             rows = slice(d.N - n, d.N)
-            part = _evaluate(subject, runs.problem.part(rows, slice(None)), backward)
+            part = _evaluate(subject, runs.problem.part(rows, slice(None)), runs.derived)
             label = "one query" if n == 1 else "the last queries"
             yield _compare(f"same bits for {label}", *_of_rows(runs, part, rows))
     n = max(d.N - d.Nk, 0) + min(d.N, d.Nk) // 2
     if case.causal and 0 < n < d.N:
         rows, keys = slice(0, n), slice(0, n + d.Nk - d.N)
-        part = _evaluate(subject, runs.problem.part(rows, keys), backward)
+        part = _evaluate(subject, runs.problem.part(rows, keys), runs.derived)
         yield _compare("same bits for the first queries", *_of_rows(runs, part, rows))
 
 
@@ -239,13 +285,35 @@ def _machinery(subject: Subject, runs: _Runs) -> Iterator[Check]:
                 other = _again(subject, runs).results()
                 yield _compare(f"same bits on {count} threads", whole, other)
         core.set_num_threads(threads)
+        small = _small(subject, runs)
         for name in core.targets():
             if name != target:
                 core.set_target(name)
-                yield _compare(f"same bits on {name}", whole, _again(subject, runs).results())
+                compared = small if name == _SLOW_TARGET else runs
+                other = _again(subject, compared).results()
+                yield _compare(f"same bits on {name}", compared.results(), other)
     finally:
         core.set_num_threads(threads)
         core.set_target(target)
+
+
+def _small(subject: Subject, runs: _Runs) -> _Runs:
+    """Return the runs of a part of a problem where the whole would take long without vectors."""
+    problem = runs.problem
+    if problem.dims.B > 1 and _work(problem.dims) > _SLOW_WORK:
+        problem = problem.entry(problem.dims.B - 1)
+    for letter, least in (("N", _TAILS[-1]), ("Nk", 64)) if runs.problem.case.moves else ():
+        size = getattr(problem.dims, letter)
+        kept = max(least, int(size * _SLOW_WORK / max(1, _work(problem.dims))))
+        if kept < size:
+            tail = slice(size - kept, size) if letter == "N" else slice(None)
+            problem = problem.part(tail, slice(0, kept) if letter == "Nk" else slice(None))
+    return runs if problem is runs.problem else _evaluate(subject, problem, runs.derived)
+
+
+def _work(dims: Dims) -> int:
+    # Few queries leave most of a vector idle, which is 16 wide.
+    return dims.B * dims.H * max(16, dims.N) * dims.Nk * (dims.D + dims.Dv)
 
 
 def _of_entry(runs: _Runs, b: int) -> dict[str, Array]:
@@ -254,7 +322,7 @@ def _of_entry(runs: _Runs, b: int) -> dict[str, Array]:
     B = runs.problem.dims.B
     found = {}
     for name, x in runs.results().items():
-        if name == "dsinks" or (name == "dbias" and (x.ndim < 4 or x.shape[0] != B)):
+        if name.endswith("dsinks") or (name.endswith("dbias") and (x.ndim < 4 or x.shape[0] != B)):
             continue
         found[name] = x[part]
     return found
@@ -267,9 +335,9 @@ def _of_rows(runs: _Runs, part: _Runs, rows: slice) -> tuple[dict[str, Array], d
     got = part.results()
     found = {}
     for name, x in runs.results().items():
-        if name in ("o", "dq"):
+        if name in ("o", "dq", "to", "tdq", "one-pass o", "one-pass to"):
             found[name] = x[(*tensor, rows)]
-        elif name not in BACKWARD:
+        elif name not in BACKWARD and name not in SECOND:
             found[name] = x[row]
     return found, {name: got[name] for name in found if name in got}
 
@@ -287,12 +355,6 @@ def _verdict(label: str, passed: bool, detail: str) -> Check:
     return Check(label, PASSED) if passed else Check(label, FAILED, detail=f"{label}: {detail}")
 
 
-def _bhnd(case: Case, name: str, x: Array) -> Array:
-    """Return a tensor in `(B, H, N, D)` order, whatever the layout of the case."""
-    swapped = case.layout != "bhnd" and name in ("o", "do", "dq", "dk", "dv") and x.ndim == 4
-    return x.swapaxes(1, 2) if swapped else x
-
-
 def _poison_heap(oracle: Oracle) -> None:
     """Leave NaN in the memory that results are likely to be given, so that gaps show."""
     sizes: Sequence[int] = [x.size for x in oracle.truth.values()]
@@ -300,6 +362,7 @@ def _poison_heap(oracle: Oracle) -> None:
     del held
 
 
-def _text(error: Exception) -> str:
+def text_of(error: Exception) -> str:
+    """Return in one line what an audited function raised."""
     first = str(error).strip().splitlines()
     return f"raised {type(error).__name__}: {first[0] if first else ''}".rstrip(": ")

@@ -15,7 +15,7 @@ from tilewise.base.masks import Mask
 from tilewise.ops.attention import reference, spec
 from tilewise.ops.attention.spec import AttentionCall, Want
 
-from .oracle import Oracle, consult
+from .oracle import Oracle, Question, consult
 
 __all__ = ["GradientError", "GradientReport", "verify_gradients"]
 
@@ -146,7 +146,7 @@ def verify_gradients(
     rng = np.random.default_rng(seed)
     do = rng.standard_normal((call.B, call.H, call.N, call.Dv)).astype(call.dtype)
     dlse = rng.standard_normal((call.B, call.H, call.N)).astype(call.dtype)
-    oracle = consult(call, do, dlse)
+    oracle = consult(Question(call, do, dlse))
     # A row without keys has no lse to vary.
     counted = np.where(np.isfinite(oracle.truth["lse"]), dlse, 0).astype(np.float64)
 
@@ -189,6 +189,9 @@ class _Loss:
                 moved = base + h * direction.reshape(base.shape)
             return self.at(**{name: moved})
 
+        if name == "v":
+            # L is linear in v.
+            return (along(1.0) - along(-1.0)) / 2
         near, far = along(step) - along(-step), along(2 * step) - along(-2 * step)
         return (8 * near - far) / (12 * step)
 

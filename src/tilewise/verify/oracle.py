@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,18 +15,37 @@ from tilewise.ops.attention.spec import (
     AttentionCall,
     AttentionOutputs,
     CotangentCall,
+    SecondCall,
+    TangentCall,
     Want,
     error_bound,
+    prepare,
 )
 
 from . import metrics, straightforward
+from .cases.problem import Problem
+from .noise import Noise
 
-__all__ = ["Oracle", "consult"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "ONE_PASS",
+    "SECOND",
+    "TANGENTS",
+    "Oracle",
+    "Question",
+    "consult",
+    "floor_of",
+]
 
 Array = NDArray[Any]
 
 FORWARD = ("o", "lse", "max_logit", "entropy")
 BACKWARD = ("dq", "dk", "dv", "dbias", "dsinks")
+TANGENTS = ("to", "tlse")
+SECOND = tuple(f"t{name}" for name in BACKWARD)
+ONE_PASS = {f"one-pass {name}": name for name in ("o", "lse", *TANGENTS)}
+"""What a forward pass with its tangents returns, and which results these are."""
 _NOISE_CAP = 1e-2
 _ROW_STATISTICS = ("lse", "max_logit", "entropy")
 _EXACTLY = ("lse", "max_logit")
@@ -33,12 +53,58 @@ _ALL = Want(lse=True, max_logit=True, entropy=True)
 
 
 @dataclass(frozen=True)
+class Question:
+    """A problem whose results are asked for; tensors are `(B, H, N, ...)`.
+
+    Attributes:
+        call: The validated call; masked entries may hold NaN.
+        do: `(B, H, N, Dv)`, cotangent of o.
+        dlse: `(B, H, N)`, cotangent of lse, or None.
+        tangents: Tangents of inputs and cotangents by name, tq tk tv tbias tsinks tdo tdlse, zero
+            where missing; None asks for no tangents of results.
+    """
+
+    call: AttentionCall
+    do: Array
+    dlse: Array | None = None
+    tangents: Mapping[str, Array] | None = None
+
+    @classmethod
+    def of(cls, problem: Problem, *, tangents: bool) -> Question:
+        """Return the question that a problem of the cases asks, with or without tangents."""
+        a, case = problem.arrays, problem.case
+        given = {name: case.in_order(name, x) for name, x in problem.tangents.items()}
+        call = prepare(a["q"], a["k"], a["v"], **problem.options)
+        return cls(call, case.in_order("do", a["do"]), a.get("dlse"), given if tangents else None)
+
+    def cotangents(self, forward: AttentionOutputs) -> CotangentCall:
+        """Return the cotangents with the results of the forward pass."""
+        return CotangentCall(self.do, self.dlse, forward.o, forward.stats)
+
+    def second(self, forward: AttentionOutputs) -> SecondCall:
+        """Return cotangents and tangents with the results of the forward pass."""
+        given = self.tangents or {}
+        tbias, bias = given.get("tbias"), self.call.bias
+        tangents = TangentCall(
+            tq=given.get("tq"),
+            tk=given.get("tk"),
+            tv=given.get("tv"),
+            tbias=None if tbias is None or bias is None else tbias.reshape(bias.shape),
+            tsinks=given.get("tsinks"),
+            o=forward.o,
+            stats=forward.stats,
+        )
+        cotangents = self.cotangents(forward)
+        return SecondCall(cotangents, tangents, given.get("tdo"), given.get("tdlse"), None)
+
+
+@dataclass(frozen=True)
 class Oracle:
     """What a problem's results should be; arrays in `(B, H, N, ...)` order.
 
     Attributes:
-        truth: float64 results by name: o lse max_logit entropy dq dk dv, and dbias dsinks where
-            there are such.
+        truth: float64 results by name: o lse max_logit entropy dq dk dv, dbias dsinks where there
+            are such, and the tangents of o, lse and the gradients where these were asked for.
         plain: Error of the straightforward computation in the problem's dtype.
         noise: Error that rounding alone explains, at most `spec.error_bound`.
         unit: u, one rounding.
@@ -63,32 +129,28 @@ class Oracle:
 
     def error(self, name: str, got: Array) -> float:
         """Return the error of a result."""
-        return metrics.relative_error(got, self.truth[name], floor=_floor(name))
+        return metrics.relative_error(got, self.truth[name], floor=floor_of(name))
 
     def pattern(self, name: str, got: Array) -> str | None:
         """Return in words where NaN and Inf are not as they should be, or None."""
-        return metrics.pattern(got, self.truth[name], exact=name in _EXACTLY)
+        return metrics.pattern(got, self.truth[name], exact=ONE_PASS.get(name, name) in _EXACTLY)
 
 
-def consult(call: AttentionCall, do: Array, dlse: Array | None) -> Oracle:
-    """Return the truth about a call.
-
-    Args:
-        call: The validated call; masked entries may hold NaN.
-        do: `(B, H, N, Dv)`, cotangent of o.
-        dlse: `(B, H, N)`, cotangent of lse, or None.
-    """
+def consult(question: Question) -> Oracle:
+    """Return the truth about a problem."""
     with np.errstate(all="ignore"):
-        truth, forward = _exact(call, do, dlse)
-        clean = _clean(call, do, dlse)
-        if any(x is not y for x, y in zip(clean, (call, do, dlse), strict=True)):
-            finite, forward = _exact(*clean)
-        else:
-            finite = truth
-        plain = _plain(*clean)
-        exact = straightforward.evaluate(clean[0], np.dtype(np.float64))
-        noise = straightforward.noise(exact, *clean[1:])
-        bounds = _bounds(*clean, finite, forward)
+        truth, forward = _exact(question)
+        clean = _clean(question)
+        finite = truth
+        if clean is not question:
+            finite, forward = _exact(clean)
+        plain = _plain(clean)
+        noise = _noise(clean)
+        bounds = _bounds(clean, finite, forward)
+    if question.tangents is not None:
+        for results in (truth, plain, noise):
+            results |= {name: results[same] for name, same in ONE_PASS.items()}
+        bounds |= {name: bounds[same] for name, same in ONE_PASS.items()}
     return Oracle(
         truth=truth,
         plain={name: _error_of_plain(plain[name], truth[name], name) for name in truth},
@@ -96,38 +158,58 @@ def consult(call: AttentionCall, do: Array, dlse: Array | None) -> Oracle:
             name: min(_size(noise[name], truth[name], name), bounds[name], _NOISE_CAP)
             for name in truth
         },
-        unit=unit_roundoff(call.dtype),
+        unit=unit_roundoff(question.call.dtype),
     )
 
 
-def _exact(
-    call: AttentionCall, do: Array, dlse: Array | None
-) -> tuple[dict[str, Array], AttentionOutputs]:
+def _exact(question: Question) -> tuple[dict[str, Array], AttentionOutputs]:
     """Return the results of the reference before they are rounded, and its forward pass."""
+    call = question.call
     forward = reference.forward64(call, _ALL)
-    grads = reference.vjp64(call, CotangentCall(do, dlse, forward.o, forward.stats))
-    found = {name: getattr(forward, name) for name in FORWARD} | grads._asdict()
+    found: dict[str, Any] = {name: getattr(forward, name) for name in FORWARD}
+    found |= reference.vjp64(call, question.cotangents(forward))._asdict()
+    if question.tangents is not None:
+        second = question.second(forward)
+        outputs = reference.jvp64(call, second.tangents)
+        grads = reference.vjp_jvp64(call, replace(second, outputs=outputs))
+        found |= outputs._asdict() | dict(zip(SECOND, grads, strict=True))
     return {name: value for name, value in found.items() if value is not None}, forward
 
 
-def _plain(call: AttentionCall, do: Array, dlse: Array | None) -> dict[str, Array]:
-    x = straightforward.evaluate(call, call.dtype)
-    return straightforward.results(x) | straightforward.gradients(x, do, dlse)
+def _plain(question: Question) -> dict[str, Array]:
+    """Return the results of the straightforward computation in the dtype of the problem."""
+    x = straightforward.evaluate(question.call, question.call.dtype)
+    do, dlse, tangents = question.do, question.dlse, question.tangents
+    found = straightforward.results(x) | straightforward.gradients(x, do, dlse)
+    if tangents is not None:
+        d = straightforward.directions(x, tangents)
+        found |= straightforward.output_tangents(x, d) | straightforward.second(x, do, dlse, d)
+    return found
+
+
+def _noise(question: Question) -> dict[str, Array]:
+    """Return for every entry of every result how far rounding alone may put it off."""
+    x = straightforward.evaluate(question.call, np.dtype(np.float64))
+    noise = Noise(x, question.do, question.dlse)
+    found = noise.results() | noise.gradients()
+    if question.tangents is not None:
+        found |= noise.tangents(straightforward.directions(x, question.tangents))
+    return found
 
 
 def _bounds(
-    call: AttentionCall,
-    do: Array,
-    dlse: Array | None,
-    truth: dict[str, Array],
-    forward: AttentionOutputs,
+    question: Question, truth: dict[str, Array], forward: AttentionOutputs
 ) -> dict[str, float]:
     """Return the relative form of `spec.error_bound` for every result of a finite call."""
-    sizes = reference.magnitudes(call, CotangentCall(do, dlse, forward.o, forward.stats))
+    call = question.call
+    sizes = reference.magnitudes(call, question.cotangents(forward))
     bounds = {}
     for name, value in truth.items():
-        size, floor = np.abs(value[np.isfinite(value)]), _floor(name)
+        size, floor = np.abs(value[np.isfinite(value)]), floor_of(name)
         norm = float(np.linalg.norm(size / np.maximum(floor, size) if floor else size))
+        if name not in sizes.norms:
+            bounds[name] = np.inf
+            continue
         bound = error_bound(
             call.dtype,
             name,
@@ -140,14 +222,15 @@ def _bounds(
     return bounds
 
 
-def _floor(name: str) -> float:
+def floor_of(name: str) -> float:
+    """Return the magnitude below which the errors of a result count as absolute ones."""
     # A logit of size 1 or less matters by its absolute error, for exp makes that relative.
-    return 1.0 if name in _ROW_STATISTICS else 0.0
+    return 1.0 if ONE_PASS.get(name, name) in _ROW_STATISTICS else 0.0
 
 
 def _error_of_plain(plain: Array, truth: Array, name: str) -> float:
     # Where the straightforward computation itself breaks down it is no yardstick.
-    error = metrics.relative_error(plain, truth, floor=_floor(name))
+    error = metrics.relative_error(plain, truth, floor=floor_of(name))
     return error if np.isfinite(error) else 0.0
 
 
@@ -155,26 +238,30 @@ def _size(noise: Array, truth: Array, name: str) -> float:
     """Return standard deviations as a relative Frobenius error."""
     finite = np.isfinite(truth) & np.isfinite(noise)
     scale = np.where(finite, truth, 0)
-    error = metrics.relative_error(scale + np.where(finite, noise, 0), scale, floor=_floor(name))
+    error = metrics.relative_error(scale + np.where(finite, noise, 0), scale, floor=floor_of(name))
     return error if np.isfinite(error) else 0.0
 
 
-def _clean(
-    call: AttentionCall, do: Array, dlse: Array | None
-) -> tuple[AttentionCall, Array, Array | None]:
+def _clean(question: Question) -> Question:
     """Return finite numbers in the place of NaN and Inf; -inf in the bias stays."""
+    call, tangents = question.call, question.tangents
     bias = call.bias
     if bias is not None and not (bias < np.inf).all():
         bias = np.where(bias < np.inf, bias, bias.dtype.type(0))
-    parts: dict[str, Any] = {
-        "q": _finite(call.q),
-        "k": _finite(call.k),
-        "v": _finite(call.v),
-        "bias": bias,
-    }
+    parts: dict[str, Any] = {name: _finite(getattr(call, name)) for name in ("q", "k", "v")}
+    parts["bias"] = bias
     if any(part is not getattr(call, name) for name, part in parts.items()):
         call = replace(call, **parts)
-    return call, _finite(do), None if dlse is None else _finite(dlse)
+    clean = Question(
+        call,
+        _finite(question.do),
+        None if question.dlse is None else _finite(question.dlse),
+        None if tangents is None else {name: _finite(x) for name, x in tangents.items()},
+    )
+    unchanged = clean.call is question.call and clean.do is question.do
+    unchanged &= clean.dlse is question.dlse
+    unchanged &= all(x is (tangents or {})[name] for name, x in (clean.tangents or {}).items())
+    return question if unchanged else clean
 
 
 def _finite(x: Array) -> Array:

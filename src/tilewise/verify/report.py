@@ -172,9 +172,9 @@ class Report:
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("group", no_wrap=True)
-        for column in ("cases", "checks", "failed", "error", "error / allowed"):
+        for column in ("cases", "checks", "failed", "error", "error /\nallowed"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("worst in", overflow="fold")
         for group in dict.fromkeys(case.group for case in self.cases):

@@ -1,21 +1,35 @@
-"""Attention as most people would write it, in the dtype of its inputs, and the noise it has.
+"""Attention as most people would write it, in the dtype of its inputs.
 
-The first is the yardstick of an implementation's accuracy. The second says how far two equally
-careful computations may differ by the luck of their roundings.
+Whole matrices, one NumPy operation after the other: the yardstick of an implementation's accuracy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewise.base.dtypes import unit_roundoff
 from tilewise.ops.attention.spec import AttentionCall
+from tilewise.shared.philox import philox4x32
 
-__all__ = ["Pass", "evaluate", "gradients", "noise", "results", "visible"]
+__all__ = [
+    "Directions",
+    "Pass",
+    "directions",
+    "dropout_factor",
+    "evaluate",
+    "gradients",
+    "logit_tangents",
+    "output_tangents",
+    "per_key_head",
+    "results",
+    "second",
+    "to_bias",
+    "visible",
+]
 
 Array = NDArray[Any]
 Results = dict[str, Array]
@@ -29,14 +43,30 @@ class Pass:
     q: Array
     k: Array
     v: Array
+    x: Array  # scale q k^T
+    t: Array | None  # tanh(x / softcap)
     slope_of_cap: Array | None
     s: Array  # -inf where masked
     m: Array  # (B, H, N, 1), 0 for a row without keys
     alive: Array  # (B, H, N, 1)
     p: Array
+    keep: Array  # factor of dropout, (B, H, N, Nk) or (1, 1, 1, 1)
     p_sink: Array  # (B, H, N, 1)
     log_l: Array  # (B, H, N, 1)
     o: Array
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Tangents of the inputs and cotangents, zero where not given; tk and tv as k and v."""
+
+    tq: Array
+    tk: Array
+    tv: Array
+    tbias: Array  # broadcasts to (B, H, N, Nk)
+    tsinks: Array  # (1, H, 1, 1); 0 where there is no sink
+    tdo: Array
+    tdlse: Array  # (B, H, N, 1)
 
 
 def visible(call: AttentionCall) -> NDArray[np.bool_] | None:
@@ -46,11 +76,10 @@ def visible(call: AttentionCall) -> NDArray[np.bool_] | None:
 
 def evaluate(call: AttentionCall, dtype: np.dtype[Any]) -> Pass:
     """Evaluate attention with whole matrices, every operation in `dtype`, for finite inputs."""
-    q, k, v = (np.ascontiguousarray(x, dtype) for x in (call.q, call.k, call.v))
-    if k.shape[1] != call.H:
-        k, v = (np.repeat(x, call.H // call.Hk, axis=1) for x in (k, v))
-    s = (q @ k.swapaxes(-1, -2)) * dtype.type(call.softmax_scale)
-    slope_of_cap = None
+    q = np.ascontiguousarray(call.q, dtype)
+    k, v = (_per_query_head(call, np.ascontiguousarray(x, dtype)) for x in (call.k, call.v))
+    x = s = (q @ k.swapaxes(-1, -2)) * dtype.type(call.softmax_scale)
+    t = slope_of_cap = None
     if call.softcap is not None:
         cap = dtype.type(call.softcap)
         t = np.tanh(s / cap)
@@ -70,9 +99,23 @@ def evaluate(call: AttentionCall, dtype: np.dtype[Any]) -> Pass:
     m = np.where(alive, m, dtype.type(0))
     w, w_sink = np.exp(s - m), np.exp(sink - m)
     l = np.where(alive, w.sum(axis=-1, keepdims=True) + w_sink, dtype.type(1))
-    p = w / l
+    p, keep = w / l, dropout_factor(call, dtype)
     return Pass(
-        call, q, k, v, slope_of_cap, s, m, alive, p, w_sink / l, np.log(l), np.asarray(p @ v)
+        call=call,
+        q=q,
+        k=k,
+        v=v,
+        x=x,
+        t=t,
+        slope_of_cap=slope_of_cap,
+        s=s,
+        m=m,
+        alive=alive,
+        p=p,
+        keep=keep,
+        p_sink=w_sink / l,
+        log_l=np.log(l),
+        o=np.asarray(_kept(p, keep) @ v),
     )
 
 
@@ -91,118 +134,109 @@ def results(x: Pass) -> Results:
     }
 
 
-def gradients(x: Pass, do: Array, dlse: Array | None) -> Results:
-    """Return the gradients of an evaluation, for finite cotangents."""
-    call, dtype = x.call, x.q.dtype
+@dataclass(frozen=True)
+class _Backward:
+    do: Array
+    g: Array  # dp - delta
+    delta: Array  # (B, H, N, 1)
+    ds: Array
+    dx: Array  # cotangent of scale q k^T, times the scale
+
+
+def _backward(x: Pass, do: Array, dlse: Array | None) -> _Backward:
+    dtype = x.q.dtype
     do = np.ascontiguousarray(do, dtype)
     delta = (do * x.o).sum(axis=-1, keepdims=True)
     if dlse is not None:
         delta = delta - dlse.astype(dtype)[..., None]
-    ds = x.p * (do @ x.v.swapaxes(-1, -2) - delta)
-    dx = (ds if x.slope_of_cap is None else ds * x.slope_of_cap) * dtype.type(call.softmax_scale)
+    g = _kept(do @ x.v.swapaxes(-1, -2), x.keep) - delta
+    ds = x.p * g
+    dx = (ds if x.slope_of_cap is None else ds * x.slope_of_cap) * dtype.type(x.call.softmax_scale)
+    return _Backward(do, g, delta, ds, dx)
+
+
+def gradients(x: Pass, do: Array, dlse: Array | None) -> Results:
+    """Return the gradients of an evaluation, for finite cotangents."""
+    call, y = x.call, _backward(x, do, dlse)
     found = {
-        "dq": dx @ x.k,
-        "dk": _per_key_head(call, dx.swapaxes(-1, -2) @ x.q),
-        "dv": _per_key_head(call, x.p.swapaxes(-1, -2) @ do),
+        "dq": y.dx @ x.k,
+        "dk": per_key_head(call, y.dx.swapaxes(-1, -2) @ x.q),
+        "dv": per_key_head(call, _kept(x.p, x.keep).swapaxes(-1, -2) @ y.do),
     }
     if call.bias is not None:
-        found["dbias"] = _to_bias(call, ds)
+        found["dbias"] = to_bias(call, y.ds)
     if call.sinks is not None:
-        found["dsinks"] = -(x.p_sink * delta).sum(axis=(0, 2, 3))
+        found["dsinks"] = -(x.p_sink * y.delta).sum(axis=(0, 2, 3))
     return found
 
 
-def noise(x: Pass, do: Array, dlse: Array | None) -> Results:
-    r"""Return for each result how far single entries may be off by rounding alone.
+def directions(x: Pass, tangents: Mapping[str, Array]) -> Directions:
+    """Return finite tangents in the dtype of an evaluation, one per query head."""
+    call, dtype = x.call, x.q.dtype
 
-    Each elementary operation is taken to be off by an independent error: u times its result, or
-    for a dot product u times the sum of its terms' absolute values; exp by 2 ulp. The variances
-    are propagated to first order: with `e_ij` the relative error of `exp(s_ij - m_i)`,
-    `var o = sum_j (p e)^2 (v - o)^2`, and so on through the formulas of the gradients.
+    def given(name: str, *shape: int) -> Array:
+        found = tangents.get(name)
+        return np.zeros(shape, dtype) if found is None else np.ascontiguousarray(found, dtype)
 
-    Args:
-        x: An evaluation in float64.
-        do: Cotangent of o.
-        dlse: Cotangent of lse, or None.
-
-    Returns:
-        Standard deviations of the entries of o, lse, ... in float64.
-    """
-    call, u = x.call, unit_roundoff(x.call.dtype)
-    do = np.asarray(do, np.float64)
-    off = _logit_noise(x, u)
-    gap = np.where(x.p > 0, x.s - x.m, 0)
-    # Relative variance of w = exp(s - m), as it weighs in a row: (p e)^2.
-    pe2 = (x.p * (off + u * (4 + np.abs(gap)))) ** 2
-    row = pe2.sum(axis=-1, keepdims=True)
-    v2 = x.v * x.v
-    o2 = np.maximum(pe2 @ v2 - 2 * x.o * (pe2 @ x.v) + x.o**2 * row, 0)
-    o2 += (u * (x.p @ np.abs(x.v))) ** 2 + (2 * u * x.o) ** 2
-    found = _statistics_noise(x, u, off, gap, pe2) | {"o": np.sqrt(o2)}
-
-    delta = (do * x.o).sum(axis=-1, keepdims=True)
-    delta2 = (do * do * o2).sum(axis=-1, keepdims=True)
-    delta2 += (u * (np.abs(do) * np.abs(x.o)).sum(axis=-1, keepdims=True)) ** 2
-    if dlse is not None:
-        delta = delta - dlse.astype(np.float64)[..., None]
-    delta2 += (u * delta) ** 2
-    g = do @ x.v.swapaxes(-1, -2) - delta
-    g2 = (u * (np.abs(do) @ np.abs(x.v).swapaxes(-1, -2))) ** 2 + delta2
-    p2 = pe2 + x.p**2 * (row + (2 * u) ** 2)
-    ds, ds2 = x.p * g, p2 * g * g + x.p**2 * g2
-    slope = call.softmax_scale * (1.0 if x.slope_of_cap is None else x.slope_of_cap)
-    dx, dx2 = ds * slope, (ds2 + (4 * u * ds) ** 2) * slope**2
-    if call.softcap is not None:
-        # The cap's derivative 1 - t^2 loses what t rounds away.
-        dx2 = dx2 + (ds * call.softmax_scale * u * 4) ** 2
-
-    def product(weights: Array, variance: Array, y: Array) -> Array:
-        rounded = (u * (np.abs(weights) @ np.abs(y))) ** 2
-        return np.asarray(variance @ (y * y) + rounded)
-
-    found["dq"] = np.sqrt(product(dx, dx2, x.k))
-    dx, dx2, p, p2 = (y.swapaxes(-1, -2) for y in (dx, dx2, x.p, p2))
-    found["dk"] = np.sqrt(_per_key_head(call, product(dx, dx2, x.q)))
-    found["dv"] = np.sqrt(_per_key_head(call, product(p, p2, do)))
-    if call.bias is not None:
-        found["dbias"] = np.sqrt(_to_bias(call, ds2) + (u * _to_bias(call, np.abs(ds))) ** 2)
+    tsinks = given("tsinks", call.H)
     if call.sinks is not None:
-        sink2 = x.p_sink**2 * (delta2 + delta**2 * (row + (u * (5 + np.abs(x.m))) ** 2))
-        rounded = (u * np.abs(x.p_sink * delta).sum(axis=(0, 2, 3))) ** 2
-        found["dsinks"] = np.sqrt(sink2.sum(axis=(0, 2, 3)) + rounded)
-    return found
+        tsinks = np.where(call.sinks == -np.inf, dtype.type(0), tsinks)
+    return Directions(
+        tq=given("tq", *x.q.shape),
+        tk=_per_query_head(call, given("tk", *call.k.shape)),
+        tv=_per_query_head(call, given("tv", *call.v.shape)),
+        tbias=given("tbias", 1, 1),
+        tsinks=tsinks[None, :, None, None],
+        tdo=given("tdo", *x.o.shape),
+        tdlse=given("tdlse", *x.o.shape[:3])[..., None],
+    )
 
 
-def _logit_noise(x: Pass, u: float) -> Array:
-    """Return the standard deviation of each attended logit.
-
-    Logits so large that their own spacing is above 1e-3 cannot be told apart by any computation:
-    there a result is either exact or arbitrary, and has no noise.
-    """
-    call = x.call
-    terms = call.softmax_scale * (np.abs(x.q) @ np.abs(x.k).swapaxes(-1, -2))
-    if x.slope_of_cap is not None:
-        terms = terms * x.slope_of_cap
-    resolved = (x.p > 0) & (u * np.abs(x.s) < 1e-3)
-    return np.where(resolved, u * (terms + 2 * np.abs(x.s)), 0)
+def logit_tangents(x: Pass, d: Directions) -> tuple[Array, Array]:
+    """Return the tangents of `x = scale q k^T` and of s, in a masked place as in any other."""
+    tx = (d.tq @ x.k.swapaxes(-1, -2) + x.q @ d.tk.swapaxes(-1, -2)) * x.q.dtype.type(
+        x.call.softmax_scale
+    )
+    return tx, (tx if x.slope_of_cap is None else tx * x.slope_of_cap) + d.tbias
 
 
-def _statistics_noise(x: Pass, u: float, off: Array, gap: Array, pe2: Array) -> Results:
-    """Return the standard deviations of lse, max_logit and entropy."""
-    m, log_l = np.abs(x.m[..., 0]), np.abs(x.log_l[..., 0])
-    lse2 = pe2.sum(axis=-1) + (u * (1 + log_l + 2 * m)) ** 2
-    surprise = np.where(x.p > 0, x.log_l - gap, 0)
-    entropy = (x.p * surprise).sum(axis=-1, keepdims=True)
-    entropy2 = (pe2 * (surprise - entropy) ** 2).sum(axis=-1)
-    entropy2 += (u * (1 + 2 * log_l + (x.p * np.abs(gap)).sum(axis=-1))) ** 2
-    # The sink is not among p: its own logit is exact, its share of the mean gap is not.
-    entropy2 += (4 * u * x.p_sink[..., 0] * (1 + m)) ** 2
-    top = off.max(axis=-1, initial=0.0)
-    return {
-        "lse": np.sqrt(lse2),
-        "max_logit": np.sqrt(top**2 + (u * m) ** 2),
-        "entropy": np.sqrt(entropy2),
+def output_tangents(x: Pass, d: Directions) -> Results:
+    """Return the tangents of o and lse."""
+    _, ts = logit_tangents(x, d)
+    weighted = x.p * ts
+    mu = weighted.sum(axis=-1, keepdims=True) + x.p_sink * d.tsinks
+    kept = _kept(weighted, x.keep)
+    to = np.asarray(kept @ x.v - mu * x.o + _kept(x.p, x.keep) @ d.tv)
+    return {"to": to, "tlse": mu[..., 0]}
+
+
+def second(x: Pass, do: Array, dlse: Array | None, d: Directions) -> Results:
+    """Return the tangents of the gradients, for finite cotangents."""
+    call, dtype = x.call, x.q.dtype
+    y, outputs, (tx, ts) = _backward(x, do, dlse), output_tangents(x, d), logit_tangents(x, d)
+    mu = outputs["tlse"][..., None]
+    tp, tp_sink = x.p * (ts - mu), x.p_sink * (d.tsinks - mu)
+    tdp = _kept(d.tdo @ x.v.swapaxes(-1, -2) + y.do @ d.tv.swapaxes(-1, -2), x.keep)
+    tdelta = (d.tdo * x.o + y.do * outputs["to"]).sum(axis=-1, keepdims=True) - d.tdlse
+    tds = tp * y.g + x.p * (tdp - tdelta)
+    tdx = tds
+    if x.t is not None and x.slope_of_cap is not None:
+        tt = x.slope_of_cap * (tx / dtype.type(call.softcap))
+        tdx = tds * x.slope_of_cap - 2 * x.t * tt * y.ds
+    tdx = tdx * dtype.type(call.softmax_scale)
+    tdk = tdx.swapaxes(-1, -2) @ x.q + y.dx.swapaxes(-1, -2) @ d.tq
+    tdv = _kept(tp, x.keep).swapaxes(-1, -2) @ y.do
+    tdv = tdv + _kept(x.p, x.keep).swapaxes(-1, -2) @ d.tdo
+    found = {
+        "tdq": np.asarray(tdx @ x.k + y.dx @ d.tk),
+        "tdk": per_key_head(call, tdk),
+        "tdv": per_key_head(call, tdv),
     }
+    if call.bias is not None:
+        found["tdbias"] = to_bias(call, tds)
+    if call.sinks is not None:
+        found["tdsinks"] = -(tp_sink * y.delta + x.p_sink * tdelta).sum(axis=(0, 2, 3))
+    return found
 
 
 def _distance(call: AttentionCall, dtype: np.dtype[Any]) -> Array:
@@ -210,7 +244,28 @@ def _distance(call: AttentionCall, dtype: np.dtype[Any]) -> Array:
     return np.asarray(np.abs(i + (call.Nk - call.N) - j), dtype)
 
 
-def _per_key_head(call: AttentionCall, x: Array) -> Array:
+def dropout_factor(call: AttentionCall, dtype: np.dtype[Any]) -> Array:
+    """Return what dropout multiplies p by, `(B, H, N, Nk)`, or a single 1."""
+    if not call.dropout_p:
+        return np.ones((1, 1, 1, 1), dtype)
+    b, h, i, j = np.ogrid[: call.B, : call.H, : call.N, : call.Nk]
+    counter = np.stack(np.broadcast_arrays(j[..., ::4] // 4, i + call.Nk - call.N, h, b))
+    words = philox4x32(counter, (call.seed % 2**32, call.seed >> 32))
+    lanes = np.moveaxis(words, 0, -1).reshape(call.B, call.H, call.N, 4 * words.shape[-1])
+    lanes = lanes[..., : call.Nk]
+    return np.where(lanes < call.drop_threshold, 0, call.keep_factor).astype(dtype)
+
+
+def _kept(x: Array, keep: Array) -> Array:
+    return x if keep.size == 1 else x * keep
+
+
+def _per_query_head(call: AttentionCall, x: Array) -> Array:
+    """Repeat a tensor of keys or values for each query head."""
+    return x if x.shape[1] == call.H else np.repeat(x, call.H // call.Hk, axis=1)
+
+
+def per_key_head(call: AttentionCall, x: Array) -> Array:
     """Sum over the query heads that share a key/value head."""
     if x.shape[1] == call.Hk:
         return x
@@ -218,7 +273,7 @@ def _per_key_head(call: AttentionCall, x: Array) -> Array:
     return np.asarray(grouped.sum(axis=2))
 
 
-def _to_bias(call: AttentionCall, x: Array) -> Array:
+def to_bias(call: AttentionCall, x: Array) -> Array:
     """Sum over the dimensions in which the bias is broadcast."""
     shape = () if call.bias is None else call.bias.shape
     axes = tuple(axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] != 1)

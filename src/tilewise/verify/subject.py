@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -18,14 +18,26 @@ from tilewise.base.errors import Unsupported, value_error
 from tilewise.dispatch import choose
 from tilewise.ops.attention import spec
 
-from .cases.attention import Problem
+from .cases.problem import Problem
+from .oracle import BACKWARD, ONE_PASS, SECOND, TANGENTS
 
-__all__ = ["Forward", "Skipped", "Subject", "load", "of_function", "of_implementation"]
+__all__ = [
+    "RESULTS",
+    "Forward",
+    "Known",
+    "Skipped",
+    "Subject",
+    "load",
+    "of_function",
+    "of_implementation",
+]
 
 Array = NDArray[Any]
 Function = Callable[..., Any]
 
 STATISTICS = ("lse", "stats", "max_logit", "entropy")
+RESULTS = {"vjp": BACKWARD, "jvp": TANGENTS, "vjp_jvp": SECOND, "forward_jvp": tuple(ONE_PASS)}
+"""The derivatives of attention, each with the names of its results."""
 
 
 class Skipped(Exception):
@@ -42,14 +54,15 @@ class Forward:
 
 @dataclass(frozen=True)
 class Subject:
-    """An attention function and, perhaps, its gradients.
+    """An attention function and, perhaps, its derivatives.
 
     Attributes:
         name: What reports call it.
         attention: Function with the signature of `tilewise.numpy.attention`.
         vjp: Function with the signature of `tilewise.numpy.attention_vjp`, or None.
-        options: Keyword arguments that `attention` takes, None for any.
-        vjp_options: Those that `vjp` takes, None for any.
+        jvp: Function with the signature of `tilewise.numpy.attention_jvp`, or None.
+        vjp_jvp: Function with the signature of `tilewise.numpy.attention_vjp_jvp`, or None.
+        forward_jvp: Function with the signature of `tilewise.numpy.attention_forward_jvp`, or None.
         invariant: Whether it promises that parts of a problem have the bits of the whole.
         core: The compiled module behind it, whose threads and targets can be set, or None.
     """
@@ -57,10 +70,21 @@ class Subject:
     name: str
     attention: Function
     vjp: Function | None = None
-    options: frozenset[str] | None = None
-    vjp_options: frozenset[str] | None = None
+    jvp: Function | None = None
+    vjp_jvp: Function | None = None
+    forward_jvp: Function | None = None
     invariant: bool = False
     core: ModuleType | None = field(default=None, compare=False)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The derivatives that are asked for, whether or not they were given."""
+        return [kind for kind in RESULTS if kind != "forward_jvp" or self.forward_jvp]
+
+    @property
+    def has_tangents(self) -> bool:
+        """Whether there is a forward mode or a second derivative to be judged."""
+        return self.jvp is not None or self.vjp_jvp is not None
 
     def forward(self, problem: Problem, *, least: bool = False) -> Forward:
         """Run the forward pass.
@@ -73,47 +97,90 @@ class Subject:
             Skipped: The function does not take an option of the problem.
         """
         options = problem.options
-        self._check(options, self.options)
+        self.check(problem)
         wanted = ("stats",) if least else STATISTICS
         asked = {f"return_{name}": True for name in wanted}
-        if self.options is not None:
-            asked = {name: True for name in asked if name in self.options}
+        asked = {name: True for name in asked if name not in self._missing("attention", asked)}
         a = problem.arrays
         return _named(self.attention(a["q"], a["k"], a["v"], **options, **asked))
 
-    def backward(self, problem: Problem, forward: Forward, lse: Array) -> dict[str, Array]:
-        """Run the gradients with the results of the forward pass.
+    def derive(self, kind: str, problem: Problem, known: Known) -> dict[str, Array]:
+        """Run one of the derivatives with the results of the forward pass.
 
         Args:
+            kind: "vjp", "jvp", "vjp_jvp" or "forward_jvp".
             problem: The inputs.
-            forward: What `forward` returned.
-            lse: The true lse, for a function whose forward pass returns no statistics.
+            known: What the forward pass returned and, perhaps, the jvp.
+
+        Returns:
+            The results that `RESULTS` names, without those that are None.
 
         Raises:
             Skipped: There is no such function, or it does not take an option of the problem.
         """
-        if self.vjp is None:
-            raise Skipped("no gradients were given")
-        a, options = problem.arrays, problem.options
-        if "dlse" in a:
-            options["dlse"] = a["dlse"]
-        self._check(options, self.vjp_options)
-        stats = forward.stats
-        if stats is None:
-            stats = forward.values.get("lse", lse)
-        grads = self.vjp(a["do"], a["q"], a["k"], a["v"], forward.values["o"], stats, **options)
-        names = spec.AttentionGrads._fields
-        return {name: value for name, value in zip(names, grads, strict=False) if value is not None}
+        function: Function | None = getattr(self, kind)
+        if function is None:
+            raise Skipped(f"no {kind} was given")
+        a, keywords = problem.arrays, problem.options
+        optional = {
+            "vjp": ("dlse",),
+            "jvp": ("tbias", "tsinks"),
+            "vjp_jvp": ("dlse", "tbias", "tsinks", "tdo", "tdlse"),
+            "forward_jvp": ("tbias", "tsinks"),
+        }[kind]
+        keywords |= {name: a[name] for name in optional if name in a}
+        self._check(kind, keywords)
+        if kind == "vjp_jvp" and not self._missing(kind, known.tangents):
+            keywords |= known.tangents
+        before: list[Array | None] = [a["do"]] if kind.startswith("vjp") else []
+        if kind != "vjp":
+            before += [a.get(name) for name in ("tq", "tk", "tv")]
+        inputs = (*before, a["q"], a["k"], a["v"])
+        found: Any
+        if kind == "forward_jvp":
+            result, tangents = function(*inputs, **keywords)
+            found = (result.o, result.lse, *tangents)
+        else:
+            stats = known.forward.stats
+            stats = known.forward.values.get("lse", known.lse) if stats is None else stats
+            found = function(*inputs, known.forward.values["o"], stats, **keywords)
+        found = (found,) if isinstance(found, np.ndarray) else found
+        pairs = zip(RESULTS[kind], found, strict=False)
+        return {name: value for name, value in pairs if value is not None}
 
     def check(self, problem: Problem) -> None:
         """Raise `Skipped` where the function does not take an option of the problem."""
-        self._check(problem.options, self.options)
+        self._check("attention", problem.options)
 
-    @staticmethod
-    def _check(options: dict[str, Any], taken: frozenset[str] | None) -> None:
-        missing = [name for name in options if taken is not None and name not in taken]
+    def _check(self, kind: str, keywords: Iterable[str]) -> None:
+        missing = self._missing(kind, keywords)
         if missing:
             raise Skipped(f"does not take {', '.join(missing)}")
+
+    def _missing(self, kind: str, keywords: Iterable[str]) -> list[str]:
+        taken = self._taken[kind]
+        return [name for name in keywords if taken is not None and name not in taken]
+
+    @cached_property
+    def _taken(self) -> dict[str, frozenset[str] | None]:
+        """The keyword arguments that each function takes, None for any."""
+        functions = {kind: getattr(self, kind) for kind in ("attention", *RESULTS)}
+        return {kind: _keywords(function) for kind, function in functions.items() if function}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a derivative is given beside the problem.
+
+    Attributes:
+        forward: What `Subject.forward` returned.
+        lse: The true lse, for a function whose forward pass returns no statistics.
+        tangents: to and tlse, for a vjp_jvp that may take them in place of computing them.
+    """
+
+    forward: Forward
+    lse: Array
+    tangents: dict[str, Array] = field(default_factory=dict)
 
 
 def of_implementation(implementation: str | None = None) -> Subject:
@@ -132,28 +199,32 @@ def of_implementation(implementation: str | None = None) -> Subject:
         name=name if implementation else f"{name} (default)",
         attention=partial(frontend.attention, implementation=implementation),
         vjp=partial(frontend.attention_vjp, implementation=implementation),
+        jvp=partial(frontend.attention_jvp, implementation=implementation),
+        vjp_jvp=partial(frontend.attention_vjp_jvp, implementation=implementation),
+        forward_jvp=partial(frontend.attention_forward_jvp, implementation=implementation),
         invariant=name != "reference",
         core=import_module("tilewise._core") if compiled else None,
     )
 
 
-def of_function(attention: Function, vjp: Function | None = None) -> Subject:
+def of_function(
+    attention: Function,
+    vjp: Function | None = None,
+    jvp: Function | None = None,
+    vjp_jvp: Function | None = None,
+) -> Subject:
     """Return a function of the user's own.
 
     Args:
         attention: Takes `(q, k, v)` and any of the keyword arguments of
             `tilewise.numpy.attention`; returns `o`, or an object with what it was asked for.
         vjp: Takes what `tilewise.numpy.attention_vjp` takes.
+        jvp: Takes what `tilewise.numpy.attention_jvp` takes; returns `to` or `(to, tlse)`.
+        vjp_jvp: Takes what `tilewise.numpy.attention_vjp_jvp` takes.
     """
     module = getattr(attention, "__module__", None)
     name = getattr(attention, "__qualname__", type(attention).__name__)
-    return Subject(
-        name=f"{module}:{name}" if module else name,
-        attention=attention,
-        vjp=vjp,
-        options=_keywords(attention),
-        vjp_options=None if vjp is None else _keywords(vjp),
-    )
+    return Subject(f"{module}:{name}" if module else name, attention, vjp, jvp, vjp_jvp)
 
 
 def load(name: str) -> Function:

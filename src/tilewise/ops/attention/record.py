@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from tilewise.base.dims import Sizes
 from tilewise.base.literals import from_literal
-from tilewise.base.masks import Mask
 from tilewise.base.operator import Arrays, FlatOperator, Implementation
 
 from .spec import (
@@ -41,7 +40,8 @@ MASK_ARRAYS = 4
 Shape = tuple[int, ...]
 _NUMBERS = ("softcap", "softmax_scale", "dropout_p", "layout")
 _CHECKED_CALLS = 256
-_checked: dict[tuple[Any, ...], dict[str, Any]] = {}
+_WANTS = {(m, e): Want(True, m, e) for m in (False, True) for e in (False, True)}
+_checked: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 def shapes(inputs: Sequence[Shape | None], options: Mapping[str, Any]) -> tuple[Shape, ...]:
@@ -58,6 +58,15 @@ def shapes(inputs: Sequence[Shape | None], options: Mapping[str, Any]) -> tuple[
     B, H, N, Dv = (sizes[letter] for letter in ("B", "H", "N", "Dv"))
     o = (B, H, N, Dv) if layout == "bhnd" else (B, N, H, Dv)
     return o, *((B, H, N),) * 5
+
+
+def folds(
+    kind: str, arrays: Sequence[NDArray[Any] | None], options: Mapping[str, Any]
+) -> bool:
+    """Return whether nothing is shared over the batch, and nothing depends on the place in it."""
+    start = FLAT.first[kind]
+    others = arrays[start + 3 : start + len(FLAT.inputs)]
+    return all([a is None for a in others])
 
 
 def prepare_flat(
@@ -86,20 +95,19 @@ def _prepare_alike(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Attent
     key = (*options.values(), *[(a.shape, a.strides, a.dtype, a.flags.num) for a in (q, k, v)])
     known = _checked.get(key)
     if known is not None:
-        if known["layout"] != "bhnd":
+        if options["layout"] != "bhnd":
             q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return AttentionCall(q=q, k=k, v=v, **known)
+        return AttentionCall(q, k, v, *known)
     arrays = [_readable(a) for a in (q, k, v)]
     call = prepare(*arrays, mask=_mask(options, ()), **{name: options[name] for name in _NUMBERS})
     if arrays[0] is q and arrays[1] is k and arrays[2] is v:
         if len(_checked) >= _CHECKED_CALLS:
             _checked.clear()
-        names = {field.name for field in fields(call)} - {"q", "k", "v"}
-        _checked[key] = {name: getattr(call, name) for name in names}
+        _checked[key] = tuple([getattr(call, field.name) for field in fields(call)[3:]])
     return call
 
 
-def _mask(options: Mapping[str, Any], arrays: tuple[NDArray[Any], ...]) -> Mask | None:
+def _mask(options: Mapping[str, Any], arrays: tuple[NDArray[Any], ...]) -> Any:
     text = options["mask"]
     return None if text is None else from_literal(text, arrays, NAME)
 
@@ -113,10 +121,8 @@ def _readable(x: NDArray[Any] | None) -> NDArray[Any] | None:
 
 def forward(chosen: Implementation, call: AttentionCall, needed: Sequence[bool]) -> Arrays:
     """Return o, lse, max_logit, entropy, m, log_l."""
-    _, _, max_logit, entropy, *_ = needed
-    outputs = chosen.forward(call, Want(True, max_logit, entropy))
-    o = _laid_out(call, outputs.o)
-    return (o, outputs.lse, outputs.max_logit, outputs.entropy, *outputs.stats)
+    o, stats, lse, max_logit, entropy = chosen.forward(call, _WANTS[needed[2], needed[3]])
+    return _laid_out(call, o), lse, max_logit, entropy, stats.m, stats.log_l
 
 
 def vjp(
@@ -125,7 +131,7 @@ def vjp(
     needed: Sequence[bool],
     cotangents: Arrays,
     outputs: Arrays,
-    residuals: Arrays,
+    residuals: Sequence[Any],
 ) -> Arrays:
     """Return dq, dk, dv, dbias, dsinks."""
     do, dlse = cotangents
@@ -140,7 +146,7 @@ def jvp(
     needed: Sequence[bool],
     tangents: Arrays,
     outputs: Arrays,
-    residuals: Arrays,
+    residuals: Sequence[Any],
 ) -> Arrays:
     """Return to, tlse."""
     assert chosen.jvp is not None
@@ -160,7 +166,7 @@ def vjp_jvp(
     cotangents: Arrays,
     output_tangents: Arrays,
     outputs: Arrays,
-    residuals: Arrays,
+    residuals: Sequence[Any],
 ) -> Arrays:
     """Return the tangents of dq, dk, dv, dbias, dsinks."""
     assert chosen.vjp_jvp is not None
@@ -214,6 +220,7 @@ FLAT = FlatOperator(
     residuals=RowStats._fields,
     rank=4,
     shapes=shapes,
+    folds=folds,
     prepare=prepare_flat,
     forward=forward,
     vjp=vjp,

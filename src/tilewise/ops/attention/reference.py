@@ -97,8 +97,8 @@ def forward_jvp(
 ) -> tuple[AttentionOutputs, OutputTangents]:
     """Compute attention with the tangents of o and lse in float64 and round them."""
     exact = forward64(call, want)
-    moves = (getattr(tangents, field.name) for field in fields(InputTangents))
-    return forward(call, want), jvp(call, TangentCall(*moves, exact.o, exact.stats))
+    moves = {field.name: getattr(tangents, field.name) for field in fields(InputTangents)}
+    return forward(call, want), jvp(call, TangentCall(**moves, o=exact.o, stats=exact.stats))
 
 
 def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> AttentionGrads:
@@ -279,7 +279,8 @@ def attended_product(weights: F64, x: F64, attended: Bool) -> F64:
     finite = np.asarray(np.isfinite(x).all(axis=1))
     with np.errstate(all="ignore"):
         product: F64 = weights @ np.where(finite[:, None], x, 0.0)
-        for j in np.flatnonzero(~finite):
+        spoiled = np.flatnonzero(~finite)
+        for j in spoiled[attended[:, spoiled].any(axis=0)]:
             rows = attended[:, j]
             product[rows] += weights[rows, j, None] * x[j]
     return product

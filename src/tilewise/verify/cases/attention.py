@@ -6,9 +6,8 @@ dimensions or a forgotten tail cannot pass unnoticed.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,202 +16,9 @@ from numpy.typing import NDArray
 from tilewise.base import masks
 from tilewise.base.masks import Mask
 
-from .inputs import Array, arrange, draw, pad_additively, poison_absent, poison_attended
+from .problem import Case, Dims, MaskBuilder, Problem
 
-__all__ = ["CASES", "Case", "Dims", "Problem"]
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The sizes of one case; see `tilewise.base.dims`."""
-
-    B: int = 2
-    H: int = 3
-    Hk: int = 3
-    N: int = 101
-    Nk: int = 127
-    D: int = 37
-    Dv: int = 29
-
-    def sizes(self, letters: str) -> tuple[int, ...]:
-        """Return the shape that letters and ones name, such as ``"B 1 N Nk"``."""
-        return tuple(1 if x == "1" else int(getattr(self, x)) for x in letters.split())
-
-
-MaskBuilder = Callable[[Dims, slice], Mask]
-"""The mask of some batch entries of a problem: ``(dims, slice of the batch) -> Mask``."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem to try, drawn anew from its name whenever it is made.
-
-    Attributes:
-        name: ``group/what is special``.
-        dims: Sizes.
-        dtype: "float32" or "float64".
-        mask: Builder of the mask, or None.
-        moves: Whether the last queries with the same mask see what they see among all queries.
-        causal: Whether the first queries with the first keys see what they see among all.
-        bias: Letters of the shape of the bias, such as "B H N Nk", or None.
-        alibi: Letters of the shape of the slopes, "H" or "B H", or None.
-        softcap: The soft cap, or None.
-        sinks: "normal", "some" (every second one -inf), "large" or None.
-        softmax_scale: The scale, or None for the default.
-        layout: "bhnd" or "bnhd".
-        values: How numbers are drawn, see `inputs.draw`.
-        memory: How arrays lie in memory, see `inputs.arrange`.
-        padding: A number that the bias of the last queries and keys holds, or None.
-        poison: "absent", or the name of an array that holds one NaN, or None.
-        cotangents: "both", "o" or "lse": of which outputs there are cotangents.
-    """
-
-    name: str
-    dims: Dims = field(default_factory=Dims)
-    dtype: str = "float32"
-    mask: MaskBuilder | None = None
-    moves: bool = True
-    causal: bool = False
-    bias: str | None = None
-    alibi: str | None = None
-    softcap: float | None = None
-    sinks: str | None = None
-    softmax_scale: float | None = None
-    layout: str = "bhnd"
-    values: str = "normal"
-    memory: str = "contiguous"
-    padding: float | None = None
-    poison: str | None = None
-    cotangents: str = "both"
-
-    @property
-    def group(self) -> str:
-        """The part of the name before the slash."""
-        return self.name.partition("/")[0]
-
-    def problem(self) -> Problem:
-        """Draw the inputs of the case; the same ones at every call."""
-        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
-        arrays = self._draw(rng)
-        if self.padding is not None:
-            pad_additively(arrays["bias"], self.padding, self.dims.N // 5, self.dims.Nk // 7)
-            arrays["q"][:, :, self.dims.N - self.dims.N // 5 :] = 0
-        if self.poison == "absent":
-            poison_absent(arrays, self.visible(), self.sinks is not None)
-        elif self.poison is not None:
-            poison_attended(self.poison, arrays)
-        for name in ("q", "k", "v", "do"):
-            arrays[name] = arrange(self.memory, name, arrays[name])
-            if self.layout == "bnhd":
-                swapped = arrays[name].swapaxes(1, 2)
-                free = self.memory == "contiguous"
-                arrays[name] = np.ascontiguousarray(swapped) if free else swapped
-        if "bias" in arrays and self.memory == "reversed":
-            arrays["bias"] = np.ascontiguousarray(arrays["bias"].T).T
-        return Problem(self, self.dims, slice(0, self.dims.B), arrays)
-
-    def visible(self) -> NDArray[np.bool_]:
-        """Return the mask as booleans `(B, H, N, Nk)`."""
-        d = self.dims
-        if self.mask is None:
-            return np.ones((d.B, d.H, d.N, d.Nk), np.bool_)
-        seen = self.mask(d, slice(0, d.B)).to_bool(d.B, d.H, d.N, d.Nk)
-        return np.array(np.broadcast_to(seen, (d.B, d.H, d.N, d.Nk)))
-
-    def _draw(self, rng: np.random.Generator) -> dict[str, Array]:
-        d, dtype = self.dims, np.dtype(self.dtype)
-        letters = {
-            "q": "B H N D",
-            "k": "B Hk Nk D",
-            "v": "B Hk Nk Dv",
-            "do": "B H N Dv",
-            "dlse": "B H N",
-            "bias": self.bias,
-            "alibi_slopes": self.alibi,
-            "sinks": "H" if self.sinks else None,
-        }
-        arrays = {
-            name: draw(self.values if shape != "H" else "normal", name, d.sizes(shape), dtype, rng)
-            for name, shape in letters.items()
-            if shape is not None
-        }
-        if self.alibi:
-            # The published slopes, 2 ** (-8 h / H), with some spread.
-            steps = np.arange(1, d.H + 1, dtype=dtype) * dtype.type(-8 / max(1, d.H))
-            arrays["alibi_slopes"] = np.exp2(steps + arrays["alibi_slopes"] / 4)
-        if self.sinks == "some":
-            arrays["sinks"][::2] = -np.inf
-        elif self.sinks == "large":
-            arrays["sinks"] += 20
-        if self.cotangents == "o":
-            del arrays["dlse"]
-        elif self.cotangents == "lse":
-            arrays["do"][...] = 0
-        return arrays
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The inputs of a case, or of a part of it.
-
-    Attributes:
-        case: What it was drawn from.
-        dims: Its sizes.
-        batch: Which entries of the case's batch it holds.
-        arrays: q k v do, and dlse bias alibi_slopes sinks where there are such, in the case's
-            layout.
-    """
-
-    case: Case
-    dims: Dims
-    batch: slice
-    arrays: dict[str, Array]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `tilewise.numpy.attention`, those that are not the default."""
-        case = self.case
-        given: dict[str, Any] = {
-            "mask": None if case.mask is None else case.mask(self.dims, self.batch),
-            "bias": self.arrays.get("bias"),
-            "alibi_slopes": self.arrays.get("alibi_slopes"),
-            "softcap": case.softcap,
-            "sinks": self.arrays.get("sinks"),
-            "softmax_scale": case.softmax_scale,
-            "layout": None if case.layout == "bhnd" else case.layout,
-        }
-        return {name: value for name, value in given.items() if value is not None}
-
-    def entry(self, b: int) -> Problem:
-        """Return one batch entry as a problem of its own."""
-        part = slice(b, b + 1)
-        arrays = {}
-        for name, x in self.arrays.items():
-            four = name in ("q", "k", "v", "do", "dlse") or x.ndim == 4
-            has_batch = four or (name == "alibi_slopes" and x.ndim == 2)
-            arrays[name] = x[part] if has_batch and x.shape[0] != 1 else x
-        return Problem(self.case, replace(self.dims, B=1), part, arrays)
-
-    def part(self, queries: slice, keys: slice) -> Problem:
-        """Return consecutive queries and keys as a problem of its own, with the same mask."""
-        arrays = dict(self.arrays)
-        axis = 2 if self.case.layout == "bhnd" else 1
-        before = (slice(None),) * axis
-        for name, rows in (("q", queries), ("do", queries), ("k", keys), ("v", keys)):
-            arrays[name] = arrays[name][(*before, rows)]
-        if "dlse" in arrays:
-            arrays["dlse"] = arrays["dlse"][:, :, queries]
-        bias = arrays.get("bias")
-        if bias is not None:
-            if bias.ndim > 1 and bias.shape[-2] != 1:
-                bias = bias[..., queries, :]
-            arrays["bias"] = bias if bias.shape[-1] == 1 else bias[..., keys]
-        dims = replace(
-            self.dims,
-            N=len(range(self.dims.N)[queries]),
-            Nk=len(range(self.dims.Nk)[keys]),
-        )
-        return Problem(self.case, dims, self.batch, arrays)
+__all__ = ["CASES", "Case", "Dims", "MaskBuilder", "Problem"]
 
 
 def _fixed(mask: Mask) -> MaskBuilder:
@@ -474,6 +280,50 @@ def _option_cases() -> Iterator[Case]:
     yield Case("cotangent/o-only-sinks", gqa, cotangents="o", sinks="normal")
 
 
+def _tangent_cases() -> Iterator[Case]:
+    """Only some tangents are given; the others are zero."""
+    dims = Dims(H=4, Hk=2, N=67, Nk=101, D=24, Dv=17)
+    causal = _fixed(masks.causal())
+    options: dict[str, Any] = {"mask": causal, "bias": "1 H N Nk", "sinks": "normal"}
+    for name in ("q", "k", "v", "bias", "sinks", "do", "dlse"):
+        yield Case(f"tangent/{name}-only", dims, tangents=name, **options)
+    yield Case("tangent/none", dims, tangents="", **options)
+    yield Case("tangent/q-k", dims, tangents="q k", mask=causal, causal=True, softcap=0.9)
+    yield Case("tangent/v-do", dims, tangents="v do", softcap=0.9)
+    yield Case("tangent/k-dlse-o-only", dims, tangents="k dlse", cotangents="o")
+    yield Case("tangent/inputs-decode", replace(dims, N=1, Nk=2203), tangents="q k v")
+    yield Case("tangent/inputs-bnhd", dims, tangents="q k v", layout="bnhd", memory="padded")
+    yield Case("tangent/k-v-float64", dims, tangents="k v", softcap=2.0, dtype="float64")
+
+
+def _dropout_cases() -> Iterator[Case]:
+    dims = Dims(H=4, Hk=2, N=67, Nk=139, D=24, Dv=17)
+    causal = _fixed(masks.causal())
+    for p in (0.1, 0.5):
+        yield Case(f"dropout/{p}", Dims(), dropout=p)
+        yield Case(f"dropout/{p}-causal", dims, dropout=p, mask=causal, causal=True)
+        yield Case(f"dropout/{p}-bias", dims, dropout=p, bias="B H N Nk", mask=causal)
+    yield Case("dropout/all", dims, dropout=1.0)
+    yield Case("dropout/nearly-all", dims, dropout=0.99, sinks="normal")
+    yield Case("dropout/dense", dims, dropout=0.5, mask=_DENSE["dense-per-head"], moves=False)
+    yield Case("dropout/lengths", dims, dropout=0.1, mask=_MASKS["lengths"])
+    yield Case("dropout/window", dims, dropout=0.5, mask=_MASKS["sink-tokens-window"])
+    yield Case("dropout/softcap-sinks", dims, dropout=0.1, softcap=2.0, sinks="some")
+    yield Case("dropout/bnhd", dims, dropout=0.5, layout="bnhd", memory="padded")
+    yield Case("dropout/float64", dims, dropout=0.5, mask=causal, causal=True, dtype="float64")
+    yield Case("dropout/absent", dims, dropout=0.5, mask=_MASKS["lengths"], poison="absent")
+    yield Case(
+        "dropout/empty-rows", dims, dropout=0.1, mask=_DENSE["dense-empty-rows"], moves=False
+    )
+    yield Case("dropout/more-queries", _MORE_QUERIES, dropout=0.5, mask=causal, causal=True)
+    long = Dims(B=1, H=2, Hk=1, N=307, Nk=1031, D=31, Dv=37)
+    yield Case("dropout/chunks", long, dropout=0.1, mask=causal, causal=True)
+    decode = replace(dims, N=1, Nk=2203)
+    yield Case("dropout/decode", decode, dropout=0.1)
+    yield Case("dropout/decode-few-keys", replace(decode, Nk=67), dropout=0.5)
+    yield Case("dropout/three-queries", replace(decode, N=3), dropout=0.5, mask=causal, causal=True)
+
+
 def _memory_cases() -> Iterator[Case]:
     dims = Dims(H=4, Hk=2, N=61, Nk=97, D=40, Dv=24)
     causal = _fixed(masks.causal())
@@ -549,6 +399,12 @@ def _poison_cases() -> Iterator[Case]:
         dense = _DENSE["dense-per-head"]
         yield Case(f"poison/attended-{name}-dense", gqa, poison=which, mask=dense, moves=False)
     yield Case("poison/attended-bias", gqa, poison="bias", mask=causal, bias="B H N Nk")
+    for which in ("k", "v"):
+        name = f"poison/attended-{which}-dropout"
+        yield Case(name, gqa, poison=which, mask=causal, causal=True, dropout=0.5)
+    for which in ("tq", "tk", "tv", "tbias", "tdo", "do"):
+        options = {"mask": causal, "causal": True, "bias": "1 H N Nk"}
+        yield Case(f"poison/attended-{which}", gqa, poison=which, **options)
     decode = replace(gqa, N=1, Nk=2203)
     lengths = _MASKS["lengths"]
     yield Case("poison/absent-decode", decode, poison="absent", mask=lengths)
@@ -568,6 +424,7 @@ def _combined_cases() -> Iterator[Case]:
         softmax_scale=0.31,
     )
     yield everything
+    yield replace(everything, name="combined/everything-dropout", dropout=0.3)
     yield replace(everything, name="combined/everything-float64", dtype="float64")
     yield replace(everything, name="combined/everything-bnhd", layout="bnhd", memory="padded")
     dense = _DENSE["dense-per-batch-and-head"]
@@ -608,6 +465,8 @@ CASES: tuple[Case, ...] = (
     *_decode_cases(),
     *_bias_cases(),
     *_option_cases(),
+    *_tangent_cases(),
+    *_dropout_cases(),
     *_memory_cases(),
     *_value_cases(),
     *_empty_row_cases(),

@@ -22,7 +22,7 @@ def draw(
             ``zeros`` makes every logit 0; ``ties`` repeats one largest key; ``mean`` gives values
             a mean of -2.5; ``small`` scales everything by 1e-6; ``sharp`` makes each row attend
             to nearly one key; ``equal_keys`` repeats one key.
-        name: Which tensor: q, k, v, do, dlse, bias, ...
+        name: Which tensor: q, k, v, do, dlse, bias, tq, ...
         shape: Its shape, the last two dimensions being positions and entries.
         dtype: float32 or float64.
         rng: Source of randomness.
@@ -72,7 +72,7 @@ def arrange(memory: str, name: str, x: Array) -> Array:
     if memory == "transposed":
         return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
     if memory == "broadcast":
-        return np.broadcast_to(x[:1], x.shape) if name in ("k", "v") else x
+        return np.broadcast_to(x[:1], x.shape) if name in ("k", "v", "tk", "tv") else x
     if memory == "readonly":
         x.setflags(write=False)
     if memory == "offset":
@@ -95,22 +95,25 @@ def poison_absent(arrays: dict[str, Array], visible: Bool, sinks: bool) -> None:
     """Put NaN and Inf wherever the mask says that nobody looks.
 
     Args:
-        arrays: q k v do dlse, and bias where there is one, in (B, H, ...) order; written to.
+        arrays: q k v do dlse, and bias and tangents where there are such, in (B, H, ...) order;
+            written to.
         visible: `(B, H, N, Nk)`.
         sinks: Whether rows have a sink: then dlse of an empty row is not absent.
     """
     B, H, _, Nk = visible.shape
     Hk = arrays["k"].shape[1]
     seen = visible.any(axis=2).reshape(B, Hk, H // Hk, Nk).any(axis=2)
-    for name, number in (("k", np.nan), ("v", np.inf)):
-        arrays[name][~seen] = number
+    for name in {"k", "v", "tk", "tv"} & arrays.keys():
+        arrays[name][~seen] = np.nan if name[-1] == "k" else np.inf
     # One of the two would hide in a product with the other.
-    arrays["v"][..., 0][~seen] = np.nan
+    for name in {"v", "tv"} & arrays.keys():
+        arrays[name][..., 0][~seen] = np.nan
     empty = ~visible.any(axis=3)
-    for name in ("q", "do") if sinks else ("q", "do", "dlse"):
+    of_rows = {"q", "do", "tq", "tdo"} | (set() if sinks else {"dlse", "tdlse"})
+    for name in of_rows & arrays.keys():
         arrays[name][empty] = np.nan
-    if "bias" in arrays:
-        bias = arrays["bias"]
+    for name in {"bias", "tbias"} & arrays.keys():
+        bias = arrays[name]
         part = visible
         for axis, size in enumerate((1,) * (4 - bias.ndim) + bias.shape):
             if size == 1:
@@ -122,8 +125,8 @@ def poison_attended(which: str, arrays: dict[str, Array]) -> None:
     """Put one NaN (or Inf) into a position that some rows attend to.
 
     Args:
-        which: ``q``, ``k``, ``v``, ``v_inf`` or ``bias``.
-        arrays: q k v, and bias where there is one, in (B, H, ...) order; written to.
+        which: The name of an array; ``v_inf`` puts Inf into v.
+        arrays: By name, in (B, H, ...) order; written to.
     """
     name, _, inf = which.partition("_")
     x = arrays[name]

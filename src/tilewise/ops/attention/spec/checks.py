@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,8 @@ from .calls import (
     stats_of_lse,
 )
 
+_Maybe: TypeAlias = NDArray[Any] | None
+_Moves: TypeAlias = tuple[_Maybe, _Maybe, _Maybe, _Maybe, _Maybe]
 _Results = tuple[NDArray[Any], RowStats]
 
 
@@ -278,9 +280,10 @@ class _Fits:
         do_, dlse_ = map(self.optional, COTANGENTS, (do, dlse))
         return CotangentCall(do_, dlse_, *results)
 
-    def tangents(self, values: Iterable[object]) -> Iterator[NDArray[Any] | None]:
+    def tangents(self, values: Iterable[object]) -> _Moves:
         """Return the tangents of the inputs."""
-        return map(self._tangent, TANGENTS, DIFFERENTIABLE, values)
+        tq, tk, tv, tbias, tsinks = map(self._tangent, TANGENTS, DIFFERENTIABLE, values)
+        return tq, tk, tv, tbias, tsinks
 
     def _tangent(self, argument: Argument, of: Argument, value: object) -> NDArray[Any] | None:
         if value is not None and getattr(self._call, of.name) is None:

@@ -1,0 +1,8 @@
+"""Operators on PyTorch tensors, with every derivative."""
+
+from __future__ import annotations
+
+from .attention import AttentionResult, attention
+from .sdpa import replace_sdpa, scaled_dot_product_attention
+
+__all__ = ["AttentionResult", "attention", "replace_sdpa", "scaled_dot_product_attention"]

@@ -1,0 +1,378 @@
+"""The door of every operator to PyTorch: derivatives, transforms and tracing, without its maths.
+
+An operator is four functions of arrays. Each is an op of PyTorch's dispatcher, and `Door` makes the
+four differentiable by one another. Because the Hessian H of `<c, f(x)>` is symmetric, they are
+closed under differentiation up to the second order:
+
+    function  value           reverse mode, output cotangent g              forward mode
+    forward   f(x)            x: J'g = vjp                                  jvp
+    vjp       J'c             c: J g = jvp      x: H(c) g = vjp_jvp         vjp_jvp
+    jvp       J t             t: J'g = vjp      x: H(g) t = vjp_jvp         in t: jvp
+    vjp_jvp   J'tc + H(c) t   tc: J g = jvp     t: H(c) g = vjp_jvp         in tc, t: vjp_jvp
+
+What is missing in the table needs third derivatives, or the second derivative of f itself.
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import Function, forward_ad
+
+from tilewise.base.errors import unsupported
+from tilewise.base.operator import KINDS, FlatOperator
+from tilewise.dispatch import evaluate
+
+try:
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _AutoDispatchBelowAutograd,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+    )
+    from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+
+    forward_ad._current_level  # noqa: B018, whether it is there
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"tilewise.torch needs PyTorch 2.6 or later and its internals, got {torch.__version__}"
+    ) from error
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+Tensors = tuple[Any, ...]
+
+_library = torch.library.Library("tilewise", "DEF")
+_kernels: dict[tuple[str, str], Kernel] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One of the four functions of an operator, and its op `tilewise::<operator>_<kind>`."""
+
+    operator: FlatOperator
+    kind: str
+
+    @cached_property
+    def op(self) -> Any:
+        """Return the op."""
+        return getattr(torch.ops.tilewise, f"{self.operator.name}_{self.kind}").default
+
+    def other(self, kind: str) -> Kernel:
+        """Return another function of the same operator."""
+        return _kernels[self.operator.name, kind]
+
+    def split(self, flat: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Cut a flat list of arguments into groups, with the inputs that were left out as None."""
+        if self.kind == "forward":
+            flat = (*flat, *(None,) * (len(self.operator.inputs) - len(flat)))
+        return self.operator.split(self.kind, flat)
+
+    def first_input(self, tensors: Tensors) -> Any:
+        """Return the first input of the operator among the arguments."""
+        return tensors[self.operator.first[self.kind]]
+
+
+def register(operator: FlatOperator) -> None:
+    """Define the four ops of an operator.
+
+    Each takes the options as a Python literal, which results are needed, and the flat tensors. A
+    result that is not needed is an empty tensor, because an op cannot return None.
+    """
+    for kind in KINDS:
+        kernel = _kernels[operator.name, kind] = Kernel(operator, kind)
+        name = f"{operator.name}_{kind}"
+        tensors = "".join([f", Tensor? {argument}" for argument in operator.arguments(kind)])
+        results = ", ".join(["Tensor"] * operator.results(kind))
+        schema = f"{name}(str options, bool[] needed{tensors}) -> ({results})"
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, _bound(_run, kernel), "CPU")
+        # Graphs that call the op itself, as torch.export makes them, stay differentiable.
+        for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
+            _library.impl(name, _bound(_differentiable, kernel), key)
+        torch.library.register_fake(f"tilewise::{name}", _bound(_fake, kernel), lib=_library)
+
+
+def forward(
+    operator: FlatOperator, inputs: Sequence[Any], options: str, needed: tuple[bool, ...]
+) -> Tensors:
+    """Return the outputs of an operator, differentiable; None where they are not needed.
+
+    Args:
+        operator: A registered operator.
+        inputs: Its inputs, tensors or None; trailing ones may be left out.
+        options: The other options as the text of a dictionary.
+        needed: Which outputs are needed.
+    """
+    every = needed + (True,) * len(operator.residuals)
+    out: Tensors = _apply(operator.name, "forward", options, every, *inputs)
+    return out[: len(needed)]
+
+
+def is_traced() -> bool:
+    """Return whether what happens now is written into a graph, or has no values."""
+    return bool(torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0)
+
+
+def _bound(run: Callable[..., Tensors], kernel: Kernel) -> Callable[..., Any]:
+    """Return the implementation of an op; no result is None, and one alone is no tuple."""
+
+    def implementation(options: str, needed: Sequence[bool], *tensors: Any) -> Any:
+        out = run(kernel, options, tuple(needed), *tensors)
+        first = kernel.first_input(tensors)
+        out = tuple([first.new_empty(0) if t is None else t for t in out])
+        return out if len(out) > 1 else out[0]
+
+    return implementation
+
+
+@lru_cache(maxsize=256)
+def _parsed(options: str) -> Mapping[str, Any]:
+    parsed: Mapping[str, Any] = literal_eval(options)
+    return parsed
+
+
+def _run(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
+    """Run a function on the memory of the tensors; None stands for a result that is not needed."""
+    arrays = [t if t is None else t.numpy(force=True) for t in tensors]
+    if kernel.kind == "forward":
+        arrays += [None] * (len(kernel.operator.inputs) - len(arrays))
+    out = evaluate(kernel.operator, kernel.kind, arrays, _parsed(options), needed)
+    return tuple([_tensor(a) if wanted else None for a, wanted in zip(out, needed, strict=True)])
+
+
+def _tensor(array: Any) -> Any:
+    """Return a contiguous tensor, in the memory of the array where it is contiguous."""
+    return torch.from_numpy(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+
+
+def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
+    """Return tensors of the right shapes without values."""
+    operator, first = kernel.operator, kernel.first_input(tensors)
+    if kernel.kind == "forward":
+        extra = first.ndim - operator.rank
+        given = [None if t is None else tuple(t.shape[extra:]) for t in tensors]
+        leading = tuple(first.shape[:extra])
+        shapes = [leading + shape for shape in operator.shapes(given, _parsed(options))]
+    else:
+        *_, inputs, outputs, _ = kernel.split(tensors)
+        like = outputs if kernel.kind == "jvp" else inputs[: operator.active_inputs]
+        shapes = [() if t is None else tuple(t.shape) for t in like]
+    return tuple(
+        [first.new_empty(s) if wanted else None for s, wanted in zip(shapes, needed, strict=True)]
+    )
+
+
+def _differentiable(
+    kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
+) -> Tensors:
+    """Call an op from within a graph."""
+    out: Tensors = Door.apply(kernel, options, needed, *tensors)
+    return out
+
+
+class Door(Function):  # type: ignore[misc]
+    """The four functions as one differentiable function of (kernel, options, needed, tensors)."""
+
+    @classmethod
+    def apply(cls, kernel: Kernel, options: str, needed: tuple[bool, ...], *given: Any) -> Any:
+        """Call the function by the shortest way on which nothing is lost."""
+        if _get_tracing_state() is not None:
+            reason = "torch.jit.trace is not served; use torch.export"
+            raise unsupported(kernel.operator.name, reason)
+        if _are_functorch_transforms_active():
+            return super().apply(kernel, options, needed, *_complete(kernel, given))
+        tensors = [t if t is None else unwrap_if_dead(t) for t in given]
+        differentiable = forward_ad._current_level >= 0
+        eager = not _len_torch_dispatch_stack()
+        for t in tensors:
+            if t is not None:
+                if type(t) not in _PLAIN or not t.is_cpu:
+                    eager = False
+                elif t.requires_grad:
+                    differentiable = differentiable or torch.is_grad_enabled()
+        # What is_grads_batched batches looks like a plain tensor, and is never an input.
+        if eager and kernel.kind != "forward":
+            eager = not any([t is not None and is_legacy_batchedtensor(t) for t in tensors])
+        if not eager:
+            return super().apply(kernel, options, needed, *_complete(kernel, tensors))
+        if not differentiable:
+            return _run(kernel, options, needed, *tensors)
+        return _apply_eagerly(kernel, options, needed, *tensors)
+
+    @staticmethod
+    def forward(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
+        """Call the op, below autograd."""
+        with _AutoDispatchBelowAutograd():
+            out = kernel.op(options, needed, *tensors)
+        out = out if len(needed) > 1 else (out,)
+        return _only(out, needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        """Save what derivatives read: nothing but arguments and results."""
+        _save(ctx, output, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> tuple[Any, ...]:
+        """Apply the reverse mode of the table."""
+        kernel: Kernel = ctx.kernel
+        operator, kind = kernel.operator, kernel.kind
+        given, base = _saved(kernel, ctx.saved_tensors)
+        *want, want_x = _wanted(kernel, ctx.needs_input_grad[3:])
+        zero, every = (None,) * operator.active_outputs, (True,) * operator.active_outputs
+
+        def call(kind: str, needed: Sequence[bool], *groups: Sequence[Any]) -> Tensors:
+            if not (any(needed) and _some(g)):
+                return (None,) * len(needed)
+            arguments = chain(*groups, base)
+            out: Tensors = _apply(operator.name, kind, ctx.options, tuple(needed), *arguments)
+            return out
+
+        if kind == "forward":
+            grads: tuple[Any, ...] = call("vjp", want_x, g[: operator.active_outputs])
+        elif kind == "vjp":
+            (c,), (want_c,) = given, want
+            jg = call("jvp", every if any(want_c + want_x) else want_c, g)
+            grads = (*_only(jg, want_c), *call("vjp_jvp", want_x, zero, g, c, jg))
+        elif kind == "jvp":
+            (jt, t), (want_t,) = given, want
+            grads = (*call("vjp", want_t, g), *call("vjp_jvp", want_x, zero, t, g, jt))
+        else:
+            (_, _, c, _), (want_tc, want_t, want_c, _) = given, want
+            if _some(g) and any(want_c + want_x):
+                raise unsupported(operator.name, "third derivatives are not provided")
+            jg = call("jvp", every if any(want_tc + want_t) else want_tc, g)
+            grads = (*_only(jg, want_tc), *call("vjp_jvp", want_t, zero, g, c, jg))
+        grads = (None, None, None, *grads)
+        arguments = len(ctx.needs_input_grad)
+        return grads[:arguments] + (None,) * (arguments - len(grads))
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Tensors:
+        """Apply the forward mode of the table."""
+        kernel: Kernel = ctx.kernel
+        operator, kind, needed = kernel.operator, kernel.kind, ctx.needed
+        # The primal alone: with its tangent, a later backward would ask for another order.
+        saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+        given, base = _saved(kernel, saved)
+        groups = kernel.split(dots[3:])
+        dot_x = groups[0 if kind == "forward" else -3]
+        if kind == "forward":
+            kind, needed = "jvp", needed[: operator.active_outputs]
+            moved: list[Any] = [dot_x[: operator.active_inputs]]
+        elif kind == "vjp" and _some(dot_x):
+            kind, (dot_c, _, dot_y, _) = "vjp_jvp", groups
+            moved = [dot_c, dot_x[: operator.active_inputs], given[0], _all_or_none(dot_y)]
+        elif _some(dot_x) or (kind == "vjp_jvp" and _some(groups[2])):
+            raise unsupported(operator.name, f"forward mode over {kind} is not provided")
+        elif kind == "vjp_jvp":
+            dot_tc, dot_t, _, dot_ty, *_ = groups
+            moved = [dot_tc, dot_t, given[2], _all_or_none(dot_ty)]
+        else:
+            moved = [groups[0]]
+        out = Door.apply(kernel.other(kind), ctx.options, needed, *chain(*moved, base))
+        return (*out, *(None,) * (len(ctx.needed) - len(out)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *call: Any) -> tuple[Tensors, tuple[Any, ...]]:
+        """Give every tensor the same further leading dimension, over which the function loops."""
+        tensors = []
+        for t, dim in zip(call[3:], in_dims[3:], strict=True):
+            if t is not None:
+                t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            tensors.append(t)
+        out = Door.apply(*call[:3], *tensors)
+        return out, tuple([None if t is None else 0 for t in out])
+
+
+class _EagerDoor(Function):  # type: ignore[misc]
+    """The door for plain tensors outside of all transforms, which needs no dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
+    ) -> Tensors:
+        """Run the function."""
+        out = _run(kernel, options, needed, *tensors)
+        _save(ctx, out, kernel, options, needed, *tensors)
+        return out
+
+    backward = Door.backward
+    jvp = Door.jvp
+
+
+# Function.apply itself inspects the signature of forward, which takes 9 us a call.
+_apply_eagerly = super(Function, _EagerDoor).apply
+
+
+def _call(name: str, kind: str, options: str, needed: tuple[bool, ...], *tensors: Any) -> Any:
+    return Door.apply(_kernels[name, kind], options, needed, *tensors)
+
+
+# torch.compile puts the call into its graph whole; what it traces through it sees no Function.
+_apply = torch.compiler.allow_in_graph(_call)
+
+
+def _complete(kernel: Kernel, tensors: Sequence[Any]) -> Sequence[Any]:
+    """Return the arguments of a call with the inputs that were left out."""
+    if kernel.kind != "forward":
+        return tensors
+    return (*tensors, *(None,) * (len(kernel.operator.inputs) - len(tensors)))
+
+
+def _save(
+    ctx: Any, out: Tensors, kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
+) -> None:
+    ctx.kernel, ctx.options, ctx.needed = kernel, options, needed
+    if kernel.kind == "forward":
+        outputs, active = len(kernel.operator.outputs), kernel.operator.active_outputs
+        ctx.mark_non_differentiable(*[t for t in out[active:] if t is not None])
+        tensors += out[:active] + out[outputs:]
+    elif kernel.kind == "jvp":
+        tensors = out + tensors
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(kernel: Kernel, tensors: Sequence[Any]) -> tuple[list[Tensors], Tensors]:
+    """Cut what a call saved into the groups that are its own, and those that all functions take."""
+    operator = kernel.operator
+    results = operator.active_outputs + len(operator.residuals)
+    if kernel.kind == "forward":
+        inputs = _complete(kernel, tensors[:-results])
+        return [], (*inputs, *tensors[-results:])
+    own: list[Tensors] = []
+    if kernel.kind == "jvp":
+        y = operator.active_outputs
+        own, tensors = [tuple(tensors[:y])], tensors[y:]
+    *given, _, _, _ = kernel.split(tensors)
+    return own + given, tuple(tensors[operator.first[kernel.kind] :])
+
+
+def _wanted(kernel: Kernel, flags: Sequence[bool]) -> list[tuple[bool, ...]]:
+    """Return which gradients are wanted: those of the own groups, then of the active inputs."""
+    groups = kernel.split(flags)
+    own, inputs = ([], groups[0]) if kernel.kind == "forward" else (groups[:-3], groups[-3])
+    return [*own, tuple([bool(flag) for flag in inputs[: kernel.operator.active_inputs]])]
+
+
+def _some(tensors: Sequence[Any]) -> bool:
+    return any([t is not None for t in tensors])
+
+
+def _only(tensors: Tensors, wanted: Sequence[bool]) -> Tensors:
+    return tuple([t if want else None for t, want in zip(tensors, wanted, strict=True)])
+
+
+def _all_or_none(tensors: Tensors) -> Tensors:
+    """Return tangents of outputs where all are known; otherwise they are computed."""
+    return tensors if all([t is not None for t in tensors]) else (None,) * len(tensors)
