@@ -15,7 +15,7 @@ import tilewise as tw
 from tilewise import dispatch, verify
 from tilewise.base.operator import Implementation
 from tilewise.ops.attention import reference
-from tilewise.verify import metrics
+from tilewise.verify import blas, metrics
 from tilewise.verify.cases.attention import CASES
 
 TILE = 16
@@ -240,6 +240,13 @@ def test_parts_of_a_problem_have_parts_of_every_array():
     one = problem.entry(1).arrays
     assert one["tbias"].shape[0] == one["tk"].shape[0] == one["tdlse"].shape[0] == 1
     assert one["tsinks"].shape == (6,)
+
+
+def test_blas_has_its_threads_back_after_the_audit():
+    counts = [get() for get, _ in blas._controls()]
+    with blas.one_blas_thread():
+        assert all(get() == 1 for get, _ in blas._controls())
+    assert [get() for get, _ in blas._controls()] == counts
 
 
 def test_select_must_match_a_case():

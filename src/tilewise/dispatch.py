@@ -85,8 +85,8 @@ def evaluate(
     if operator.folds(kind, arrays, options):
         apart = [a for a in arrays if a is not None and not _merges(a, extra)]
         if 0 not in leading and sum(a.nbytes for a in apart) <= _COPIED_BYTES:
-            whole = [None if a is None else a.reshape(-1, *a.shape[extra + 1 :]) for a in arrays]
-            found = _evaluate_one(operator, kind, whole, options, needed)
+            merged = [None if a is None else a.reshape(-1, *a.shape[extra + 1 :]) for a in arrays]
+            found = _evaluate_one(operator, kind, merged, options, needed)
             return tuple([None if r is None else _unfolded(r, leading) for r in found])
     # Where there is no index, the results of zeros still say which shapes the results have.
     indices: Iterable[Any] = np.ndindex(leading) if 0 not in leading else [None]

@@ -315,14 +315,21 @@ def test_vmap_calls_a_kernel_once_where_it_can_be_part_of_the_batch(
     def f(q: Any, k: Any, v: Any) -> Any:
         return attention(q, k, v, mask=tw.causal(), softcap=1.5, layout="bnhd")
 
+    def loss(*x: Any) -> Any:
+        return (f(*x) ** 3).sum()
+
     qs, k, vs = QS[:, :1].transpose(2, 3), K[:1].transpose(1, 2), VS[:1].transpose(1, 2)
-    loss = lambda *x: (f(*x) ** 3).sum()
     mapped = ft.vmap(ft.hessian(loss, (0, 1)), (0, None, -1))
     zeros = torch.zeros(E, B, 1, 2, 3)
     one = {"forward": 1, "vjp q k": 1, "jvp": 1, "vjp_jvp q k, to": 1}
     assert ran(lambda: mapped(qs, k, vs)) == one
     each = [ft.hessian(loss, (0, 1))(q, k, v) for q, v in zip(qs, vs.unbind(-1), strict=True)]
     same(mapped(qs, k, vs), [torch.stack(rows) for rows in zip(*map(leaves, each), strict=True)])
+    every = [t.contiguous() for t in (QS, KS.movedim(1, 0), VS.movedim(-1, 0))]
+    one_call = ft.vmap(lambda *x: attention(*x, mask=tw.causal()))
+    assert ran(lambda: one_call(*every)) == {"forward": 1}
+    apart = [attention(*x, mask=tw.causal()) for x in zip(*every, strict=True)]
+    same(one_call(*every), [torch.stack(apart)])
     long = torch.zeros(B, 1 << 16, 2, 3)  # too much to be copied for each q
     assert ran(lambda: ft.vmap(f, (0, None, None))(zeros, long, long)) == {"forward": E}
 

@@ -161,7 +161,8 @@ class FlatOperator:
     """An operator as functions of flat tuples of arrays, from which every door is made.
 
     Where names are listed, those that have derivatives come first. In tuples of arrays None is an
-    absent input, a zero tangent or cotangent, or a result that is not needed.
+    absent input, a zero tangent or cotangent, or a result that is not needed; the others are
+    contiguous.
 
     Attributes:
         name: The operator's name.
@@ -172,9 +173,9 @@ class FlatOperator:
         residuals: Names of what a derivative needs besides inputs and active outputs.
         rank: Number of dimensions of the first input.
         shapes: ``(shapes of the inputs, options) -> shapes of outputs and residuals``.
-        folds: ``(kind, arrays, options) -> bool``: whether the first dimension of all arguments is a
-            batch of problems that do not know each other, so that more of them are a larger batch.
-        prepare: ``(inputs, options) -> call``, validated.
+        folds: ``(kind, arrays, options) -> bool``: whether the first dimension of all arguments is
+            a batch of problems that do not know each other, so that it can hold more of them.
+        prepare: ``(inputs, options) -> call``, validated; trailing inputs may be left out.
         forward: ``(implementation, call, needed) -> outputs and residuals``.
         vjp: ``(implementation, call, needed, cotangents, outputs, residuals) -> gradients``.
         jvp: ``(implementation, call, needed, tangents, outputs, residuals) -> output tangents``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
@@ -34,6 +35,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _MASK_TEXTS = {torch.bool: DENSE, torch.int32: ROWS}
 _TENSORS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
+_REQUIRED = ("q", "k", "v")
+_MASKS = (Mask, RowIntervals, PackedBits)
 
 
 class AttentionResult(NamedTuple):
@@ -174,10 +177,8 @@ def attention(
         dropout_p = DROPOUT.check(NAME, dropout_p)
         seed = _seed(seed, dropout_p)
     text, arrays = (None, ()) if mask is None else _mask(mask, q, k, layout)
-    options = (
-        f"{{'mask': {text!r}, 'softcap': {softcap!r}, 'softmax_scale': {softmax_scale!r}, "
-        f"'dropout_p': {dropout_p!r}, 'layout': {layout!r}, 'implementation': {implementation!r}}}"
-    )
+    write = _options if torch.compiler.is_compiling() else _known_options
+    options = write(text, softcap, softmax_scale, dropout_p, layout, implementation)
     inputs: tuple[Any, ...] = (q, k, v)
     if arrays or not (bias is sinks is alibi_slopes is seed is None):
         inputs = (q, k, v, bias, sinks, alibi_slopes, seed, *arrays)
@@ -188,6 +189,25 @@ def attention(
     if not (return_lse or return_max_logit or return_entropy):
         return o
     return AttentionResult(o, lse if return_lse else None, max_logit, entropy)
+
+
+def _options(
+    mask: str | None,
+    softcap: float | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+    layout: str,
+    implementation: str | None,
+) -> str:
+    """Return what is not a tensor as a Python literal."""
+    return (
+        f"{{'mask': {mask!r}, 'softcap': {softcap!r}, 'softmax_scale': {softmax_scale!r}, "
+        f"'dropout_p': {dropout_p!r}, 'layout': {layout!r}, 'implementation': {implementation!r}}}"
+    )
+
+
+# torch.compile warns of a cache. Typed, because 1, 1.0 and True are one key otherwise.
+_known_options = lru_cache(maxsize=256, typed=True)(_options)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -203,9 +223,10 @@ def _check(
     q: Any, k: Any, v: Any, bias: Any, sinks: Any, alibi_slopes: Any, layout: object
 ) -> torch.dtype:
     """Return the dtype of q after checking what shapes and values say nothing about."""
-    dtype = device = None
-    for name, tensor in zip(_TENSORS, (q, k, v, bias, sinks, alibi_slopes), strict=True):
-        if tensor is None and name in ("bias", "sinks", "alibi_slopes"):
+    dtype, cpu = None, True
+    given = (q, k, v, bias, sinks, alibi_slopes)
+    for name, tensor in zip(_TENSORS, given, strict=True):
+        if tensor is None and name not in _REQUIRED:
             continue
         if not isinstance(tensor, Tensor):
             raise type_error(NAME, name, "be a torch.Tensor", type(tensor).__name__)
@@ -213,14 +234,14 @@ def _check(
             got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
             raise type_error(NAME, name, "be a dense tensor", got)
         if dtype is None:
-            dtype, device = _first(tensor)
+            dtype, cpu = _first(tensor), tensor.is_cpu
         elif tensor.dtype is not dtype and not (
-            dtype in _NARROW and tensor.dtype is torch.float32 and name not in ("k", "v")
+            dtype in _NARROW and tensor.dtype is torch.float32 and name not in _REQUIRED
         ):
             requirement = f"have dtype {_shown(dtype)} (from q)"
             raise type_error(NAME, name, requirement, _shown(tensor.dtype))
-        elif tensor.device != device:
-            raise value_error(NAME, name, f"be on {device} (as q)", str(tensor.device))
+        elif tensor.is_cpu is not cpu:
+            raise value_error(NAME, name, f"be on {q.device} (as q)", str(tensor.device))
     if layout not in LAYOUTS:
         raise value_error(NAME, "layout", f"be {' or '.join(map(repr, LAYOUTS))}", repr(layout))
     if q.ndim != FLAT.rank:
@@ -232,15 +253,15 @@ def _check(
     return dtype
 
 
-def _first(q: Tensor) -> tuple[torch.dtype, torch.device]:
-    """Return the dtype and device of q, which the other tensors must have too."""
-    dtype, device = q.dtype, q.device
+def _first(q: Tensor) -> torch.dtype:
+    """Return the dtype of q, which the other tensors must have too."""
+    dtype = q.dtype
     if dtype not in _WIDE and dtype not in _NARROW:
         requirement = "have dtype float64, float32, bfloat16 or float16"
         raise type_error(NAME, "q", requirement, _shown(dtype))
-    if device.type not in ("cpu", "meta"):
-        raise unsupported(NAME, f"there is no implementation for device {device} yet")
-    return dtype, device
+    if not q.is_cpu and q.device.type != "meta":
+        raise unsupported(NAME, f"there is no implementation for device {q.device} yet")
+    return dtype
 
 
 def _shown(dtype: torch.dtype) -> str:
@@ -265,33 +286,32 @@ def _seed(seed: Any, dropout_p: float) -> Tensor | None:
 
 def _mask(mask: Any, q: Tensor, k: Tensor, layout: str) -> tuple[str, tuple[Tensor, ...]]:
     """Return a mask as a literal and its arrays as tensors."""
+    if isinstance(mask, _MASKS):
+        text, tensors = _tensors_of(mask)
+        if len(tensors) > MASK_ARRAYS:
+            return DENSE, (_visible(mask, q, k, layout),)
+        return text, tensors
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(mask.copy())
-    if isinstance(mask, Tensor):
-        if mask.dtype not in _MASK_TEXTS:
-            got = f"a tensor of {_shown(mask.dtype)}"
-            requirement = "be a tilewise mask or a boolean tensor (a mask that is added is a bias)"
-            raise type_error(NAME, "mask", requirement, got)
-        if mask.device != q.device:
-            raise value_error(NAME, "mask", f"be on {q.device} (as q)", str(mask.device))
-        return _MASK_TEXTS[mask.dtype], (mask,)
-    if not isinstance(mask, Mask | RowIntervals | PackedBits):
+    if not isinstance(mask, Tensor):
         requirement = "be a tilewise mask or a boolean tensor"
         raise type_error(NAME, "mask", requirement, type(mask).__name__)
-    text, tensors = _tensors_of(mask)
-    if len(tensors) > MASK_ARRAYS:
-        return DENSE, (_visible(mask, q, k, layout),)
-    return text, tensors
+    if mask.dtype not in _MASK_TEXTS:
+        got = f"a tensor of {_shown(mask.dtype)}"
+        requirement = "be a tilewise mask or a boolean tensor (a mask that is added is a bias)"
+        raise type_error(NAME, "mask", requirement, got)
+    if mask.device != q.device:
+        raise value_error(NAME, "mask", f"be on {q.device} (as q)", str(mask.device))
+    return _MASK_TEXTS[mask.dtype], (mask,)
 
 
 def _tensors_of(mask: Mask | RowIntervals | PackedBits) -> tuple[str, tuple[Tensor, ...]]:
     """Return `to_literal` with tensors, which the mask keeps."""
-    compiling = torch.compiler.is_dynamo_compiling()
     known: tuple[str, tuple[Tensor, ...]] | None = mask.__dict__.get("_tensors")
-    if known is not None and (compiling or not is_traced()):
+    if known is not None and (not is_traced() or torch.compiler.is_dynamo_compiling()):
         return known
     text, arrays = to_literal(mask)
-    if compiling and arrays and _is_exporting():
+    if arrays and _is_exporting() and torch.compiler.is_dynamo_compiling():
         # The exported program would hold a tensor without values in place of the array.
         reason = "torch.export with strict=True does not take the arrays of a new mask"
         raise unsupported(NAME, f"{reason}; use strict=False")

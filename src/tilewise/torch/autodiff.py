@@ -22,7 +22,6 @@ from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd import Function, forward_ad
 
@@ -111,7 +110,11 @@ def forward(
         needed: Which outputs are needed.
     """
     every = needed + (True,) * len(operator.residuals)
-    out: Tensors = _apply(operator.name, "forward", options, every, *inputs)
+    out: Tensors
+    if torch.compiler.is_compiling():
+        out = _apply(operator.name, "forward", options, every, *inputs)
+    else:
+        out = Door.apply(_kernels[operator.name, "forward"], options, every, *inputs)
     return out[: len(needed)]
 
 
@@ -141,15 +144,10 @@ def _parsed(options: str) -> Mapping[str, Any]:
 def _run(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Run a function on the memory of the tensors; None stands for a result that is not needed."""
     arrays = [t if t is None else t.numpy(force=True) for t in tensors]
-    if kernel.kind == "forward":
-        arrays += [None] * (len(kernel.operator.inputs) - len(arrays))
     out = evaluate(kernel.operator, kernel.kind, arrays, _parsed(options), needed)
-    return tuple([_tensor(a) if wanted else None for a, wanted in zip(out, needed, strict=True)])
-
-
-def _tensor(array: Any) -> Any:
-    """Return a contiguous tensor, in the memory of the array where it is contiguous."""
-    return torch.from_numpy(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+    return tuple(
+        [torch.from_numpy(a) if wanted else None for a, wanted in zip(out, needed, strict=True)]
+    )
 
 
 def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
@@ -188,18 +186,23 @@ class Door(Function):  # type: ignore[misc]
             raise unsupported(kernel.operator.name, reason)
         if _are_functorch_transforms_active():
             return super().apply(kernel, options, needed, *_complete(kernel, given))
-        tensors = [t if t is None else unwrap_if_dead(t) for t in given]
         differentiable = forward_ad._current_level >= 0
         eager = not _len_torch_dispatch_stack()
-        for t in tensors:
-            if t is not None:
-                if type(t) not in _PLAIN or not t.is_cpu:
-                    eager = False
-                elif t.requires_grad:
-                    differentiable = differentiable or torch.is_grad_enabled()
         # What is_grads_batched batches looks like a plain tensor, and is never an input.
-        if eager and kernel.kind != "forward":
-            eager = not any([t is not None and is_legacy_batchedtensor(t) for t in tensors])
+        batched = kernel.kind != "forward"
+        tensors = []
+        for t in given:
+            if t is not None:
+                t = unwrap_if_dead(t)
+                if (
+                    type(t) not in _PLAIN
+                    or not t.is_cpu
+                    or (batched and is_legacy_batchedtensor(t))
+                ):
+                    eager = False
+                elif t.requires_grad and not differentiable:
+                    differentiable = torch.is_grad_enabled()
+            tensors.append(t)
         if not eager:
             return super().apply(kernel, options, needed, *_complete(kernel, tensors))
         if not differentiable:
@@ -216,8 +219,9 @@ class Door(Function):  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        """Save what derivatives read: nothing but arguments and results."""
-        _save(ctx, output, *inputs)
+        """Save what derivatives read."""
+        kernel, options, needed, *tensors = inputs
+        ctx.save_for_forward(*_save(ctx, kernel, options, needed, tuple(tensors), output))
 
     @staticmethod
     def backward(ctx: Any, *g: Any) -> tuple[Any, ...]:
@@ -301,7 +305,9 @@ class _EagerDoor(Function):  # type: ignore[misc]
     ) -> Tensors:
         """Run the function."""
         out = _run(kernel, options, needed, *tensors)
-        _save(ctx, out, kernel, options, needed, *tensors)
+        saved = _save(ctx, kernel, options, needed, tensors, out)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*saved)
         return out
 
     backward = Door.backward
@@ -328,19 +334,24 @@ def _complete(kernel: Kernel, tensors: Sequence[Any]) -> Sequence[Any]:
 
 
 def _save(
-    ctx: Any, out: Tensors, kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
-) -> None:
+    ctx: Any,
+    kernel: Kernel,
+    options: str,
+    needed: tuple[bool, ...],
+    tensors: Tensors,
+    out: Tensors,
+) -> Tensors:
+    """Save what derivatives read, nothing but arguments and results, and return it."""
     ctx.kernel, ctx.options, ctx.needed = kernel, options, needed
     if kernel.kind == "forward":
-        outputs, active = len(kernel.operator.outputs), kernel.operator.active_outputs
+        active = kernel.operator.active_outputs
         ctx.mark_non_differentiable(*[t for t in out[active:] if t is not None])
-        tensors += out[:active] + out[outputs:]
+        tensors += out[:active] + out[len(kernel.operator.outputs) :]
     elif kernel.kind == "jvp":
         tensors = out + tensors
     ctx.save_for_backward(*tensors)
-    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
-        ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
+    return tensors
 
 
 def _saved(kernel: Kernel, tensors: Sequence[Any]) -> tuple[list[Tensors], Tensors]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tilewise.base.errors import type_error, value_error
 
 from . import metrics
+from .blas import one_blas_thread
 from .cases.attention import CASES
 from .cases.problem import Case, Dims, Problem
 from .oracle import BACKWARD, SECOND, Oracle, Question, consult
@@ -123,7 +124,8 @@ def audit_case(case: Case, subject: Subject) -> CaseResult:
     start = time.perf_counter()
     checks: list[Check] = []
     try:
-        checks.extend(_checks(case, subject))
+        with one_blas_thread():
+            checks.extend(_checks(case, subject))
     except (Skipped, NotImplementedError) as reason:
         checks.append(Check("call", SKIPPED, detail=str(reason)))
     except Exception as error:

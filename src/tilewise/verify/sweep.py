@@ -21,6 +21,7 @@ from tilewise.base.errors import value_error
 
 from . import metrics
 from .audit import Progress, text_of
+from .blas import one_blas_thread
 from .cases.problem import Case, Dims, Problem
 from .grid import Cell, Grid, Measured
 from .oracle import Oracle, Question, consult, floor_of
@@ -129,10 +130,11 @@ def derivatives(
     through_torch = find_spec("torch") is not None if torch is None else torch
 
     def measure(case: Case) -> dict[str, Measured]:
-        if not through_torch:
-            return _through_numpy(case.problem(), subject)
-        with one_thread():
-            return _through_torch(_Places(case, implementation))
+        with one_blas_thread():
+            if not through_torch:
+                return _through_numpy(case.problem(), subject)
+            with one_thread():
+                return _through_torch(_Places(case, implementation))
 
     cells: list[Cell] = []
     for number, case in enumerate(rows):

@@ -60,9 +60,7 @@ def shapes(inputs: Sequence[Shape | None], options: Mapping[str, Any]) -> tuple[
     return o, *((B, H, N),) * 5
 
 
-def folds(
-    kind: str, arrays: Sequence[NDArray[Any] | None], options: Mapping[str, Any]
-) -> bool:
+def folds(kind: str, arrays: Sequence[NDArray[Any] | None], options: Mapping[str, Any]) -> bool:
     """Return whether nothing is shared over the batch, and nothing depends on the place in it."""
     start = FLAT.first[kind]
     others = arrays[start + 3 : start + len(FLAT.inputs)]
@@ -73,9 +71,11 @@ def prepare_flat(
     inputs: Sequence[NDArray[Any] | None], options: Mapping[str, Any]
 ) -> AttentionCall:
     """Validate a call whose mask is a literal and whose seed is an int64 array."""
-    q, k, v, bias, sinks, alibi_slopes, seed, *arrays = inputs
-    if bias is sinks is alibi_slopes is seed is arrays[0] is None:
+    q, k, v, *others = inputs
+    if not any([a is not None for a in others]):
         return _prepare_alike(q, k, v, options)
+    others += [None] * (len(FLAT.inputs) - len(inputs))
+    bias, sinks, alibi_slopes, seed, *arrays = others
     given = tuple([a for a in arrays if a is not None])
     return prepare(
         _readable(q),
@@ -193,8 +193,8 @@ def vjp_jvp(
 
 
 def _laid_out(call: AttentionCall, x: NDArray[Any] | None) -> NDArray[Any] | None:
-    """Return an array in the layout of the call."""
-    return x if x is None or call.layout == "bhnd" else x.swapaxes(1, 2)
+    """Return a contiguous array in the layout of the call."""
+    return x if x is None or call.layout == "bhnd" else np.ascontiguousarray(x.swapaxes(1, 2))
 
 
 def _grads(call: AttentionCall, grads: AttentionGrads) -> Arrays:
