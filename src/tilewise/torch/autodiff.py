@@ -63,6 +63,11 @@ class Kernel:
         """Return the op."""
         return getattr(torch.ops.tilewise, f"{self.operator.name}_{self.kind}").default
 
+    @cached_property
+    def results(self) -> int:
+        """Return how many results it has."""
+        return self.operator.results(self.kind)
+
     def other(self, kind: str) -> Kernel:
         """Return another function of the same operator."""
         return _kernels[self.operator.name, kind]
@@ -72,6 +77,10 @@ class Kernel:
         if self.kind == "forward":
             flat = (*flat, *(None,) * (len(self.operator.inputs) - len(flat)))
         return self.operator.split(self.kind, flat)
+
+    def complete(self, needed: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Return which results are needed, with the residuals that were left out."""
+        return needed + (True,) * (self.results - len(needed))
 
     def first_input(self, tensors: Tensors) -> Any:
         """Return the first input of the operator among the arguments."""
@@ -88,7 +97,7 @@ def register(operator: FlatOperator) -> None:
         kernel = _kernels[operator.name, kind] = Kernel(operator, kind)
         name = f"{operator.name}_{kind}"
         tensors = "".join([f", Tensor? {argument}" for argument in operator.arguments(kind)])
-        results = ", ".join(["Tensor"] * operator.results(kind))
+        results = ", ".join(["Tensor"] * kernel.results)
         schema = f"{name}(str options, bool[] needed{tensors}) -> ({results})"
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, _bound(_run, kernel), "CPU")
@@ -109,12 +118,11 @@ def forward(
         options: The other options as the text of a dictionary.
         needed: Which outputs are needed.
     """
-    every = needed + (True,) * len(operator.residuals)
     out: Tensors
     if torch.compiler.is_compiling():
-        out = _apply(operator.name, "forward", options, every, *inputs)
+        out = _apply(operator.name, "forward", options, needed, *inputs)
     else:
-        out = Door.apply(_kernels[operator.name, "forward"], options, every, *inputs)
+        out = Door.apply(_kernels[operator.name, "forward"], options, needed, *inputs)
     return out[: len(needed)]
 
 
@@ -180,12 +188,16 @@ class Door(Function):  # type: ignore[misc]
 
     @classmethod
     def apply(cls, kernel: Kernel, options: str, needed: tuple[bool, ...], *given: Any) -> Any:
-        """Call the function by the shortest way on which nothing is lost."""
+        """Call the function by the shortest way on which nothing is lost.
+
+        Residuals need not be in needed, and are not always returned then.
+        """
         if _get_tracing_state() is not None:
             reason = "torch.jit.trace is not served; use torch.export"
             raise unsupported(kernel.operator.name, reason)
         if _are_functorch_transforms_active():
-            return super().apply(kernel, options, needed, *_complete(kernel, given))
+            needed, given = kernel.complete(needed), _complete(kernel, given)
+            return super().apply(kernel, options, needed, *given)
         differentiable = forward_ad._current_level >= 0
         eager = not _len_torch_dispatch_stack()
         # What is_grads_batched batches looks like a plain tensor, and is never an input.
@@ -204,9 +216,10 @@ class Door(Function):  # type: ignore[misc]
                     differentiable = torch.is_grad_enabled()
             tensors.append(t)
         if not eager:
-            return super().apply(kernel, options, needed, *_complete(kernel, tensors))
+            needed, given = kernel.complete(needed), _complete(kernel, tensors)
+            return super().apply(kernel, options, needed, *given)
         if not differentiable:
-            return _run(kernel, options, needed, *tensors)
+            return _run(kernel, options, kernel.complete(needed), *tensors)
         return _apply_eagerly(kernel, options, needed, *tensors)
 
     @staticmethod
@@ -221,7 +234,8 @@ class Door(Function):  # type: ignore[misc]
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Save what derivatives read."""
         kernel, options, needed, *tensors = inputs
-        ctx.save_for_forward(*_save(ctx, kernel, options, needed, tuple(tensors), output))
+        saved = _save(ctx, kernel, options, needed, tuple(tensors), output, output)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *g: Any) -> tuple[Any, ...]:
@@ -282,7 +296,7 @@ class Door(Function):  # type: ignore[misc]
         else:
             moved = [groups[0]]
         out = Door.apply(kernel.other(kind), ctx.options, needed, *chain(*moved, base))
-        return (*out, *(None,) * (len(ctx.needed) - len(out)))
+        return (*out, *(None,) * (ctx.results - len(out)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *call: Any) -> tuple[Tensors, tuple[Any, ...]]:
@@ -304,11 +318,12 @@ class _EagerDoor(Function):  # type: ignore[misc]
         ctx: Any, kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
     ) -> Tensors:
         """Run the function."""
-        out = _run(kernel, options, needed, *tensors)
-        saved = _save(ctx, kernel, options, needed, tensors, out)
+        out = _run(kernel, options, kernel.complete(needed), *tensors)
+        returned = out[: len(needed)]
+        saved = _save(ctx, kernel, options, needed, tensors, out, returned)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*saved)
-        return out
+        return returned
 
     backward = Door.backward
     jvp = Door.jvp
@@ -326,10 +341,10 @@ def _call(name: str, kind: str, options: str, needed: tuple[bool, ...], *tensors
 _apply = torch.compiler.allow_in_graph(_call)
 
 
-def _complete(kernel: Kernel, tensors: Sequence[Any]) -> Sequence[Any]:
+def _complete(kernel: Kernel, tensors: Sequence[Any]) -> Tensors:
     """Return the arguments of a call with the inputs that were left out."""
     if kernel.kind != "forward":
-        return tensors
+        return tuple(tensors)
     return (*tensors, *(None,) * (len(kernel.operator.inputs) - len(tensors)))
 
 
@@ -340,12 +355,15 @@ def _save(
     needed: tuple[bool, ...],
     tensors: Tensors,
     out: Tensors,
+    returned: Tensors,
 ) -> Tensors:
     """Save what derivatives read, nothing but arguments and results, and return it."""
-    ctx.kernel, ctx.options, ctx.needed = kernel, options, needed
+    ctx.kernel, ctx.options, ctx.needed, ctx.results = kernel, options, needed, len(returned)
     if kernel.kind == "forward":
         active = kernel.operator.active_outputs
-        ctx.mark_non_differentiable(*[t for t in out[active:] if t is not None])
+        passive = [t for t in returned[active:] if t is not None]
+        if passive:
+            ctx.mark_non_differentiable(*passive)
         tensors += out[:active] + out[len(kernel.operator.outputs) :]
     elif kernel.kind == "jvp":
         tensors = out + tensors
