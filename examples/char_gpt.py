@@ -71,7 +71,6 @@ def train(name: str, settings: Settings, report: Callable[[Any], None]) -> dict[
     learn, held_out = book[: int(0.9 * len(book))], book[int(0.9 * len(book)) :]
     model = GPT(
         len(alphabet),
-        settings.context,
         settings.layers,
         settings.width,
         settings.heads,
@@ -91,7 +90,7 @@ def optimise(
     model: GPT, book: Tensor, settings: Settings, run: Run, report: Callable[[Any], None]
 ) -> None:
     """Fit the model to random pieces of the book with AdamW."""
-    optimiser = torch.optim.AdamW(model.parameters(), settings.rate, weight_decay=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), settings.rate, (0.9, 0.99), weight_decay=0.1)
     warm_up = max(1, settings.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
@@ -182,7 +181,7 @@ def main(
     context: Annotated[int, typer.Option(min=8, help="Characters.")] = Settings.context,
     batch: Annotated[int, typer.Option(min=1)] = Settings.batch,
     layers: Annotated[int, typer.Option(min=1)] = Settings.layers,
-    width: Annotated[int, typer.Option(min=1, help="A multiple of --heads.")] = Settings.width,
+    width: Annotated[int, typer.Option(min=1, help="A multiple of 2 * --heads.")] = Settings.width,
     heads: Annotated[int, typer.Option(min=1)] = Settings.heads,
     sample: Annotated[int, typer.Option(help="Characters to write.")] = Settings.sample,
     threads: Annotated[int, typer.Option(min=1)] = machine.cores(),

@@ -43,6 +43,15 @@ def textbook(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 ATTENTIONS: dict[str, Attention] = {"tilewise": tilewise, "sdpa": sdpa, "textbook": textbook}
 
 
+def rotate(x: Tensor) -> Tensor:
+    """Turn pairs of entries of q or k `(B, H, N, D)` by angles that grow with the place (RoPE)."""
+    N, D = x.shape[-2:]
+    angle = torch.arange(N)[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
 class Block(nn.Module):
     """One layer: attention, then two matrices with a GELU between, each added to the stream."""
 
@@ -58,7 +67,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, N, width)
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each, views of one array
-        o = self.attend(q, k, v)
+        o = self.attend(rotate(q), rotate(k), v)
         x = x + self.out(o.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -69,7 +78,6 @@ class GPT(nn.Module):
     def __init__(
         self,
         V: int,
-        context: int,
         layers: int,
         width: int,
         heads: int,
@@ -77,7 +85,7 @@ class GPT(nn.Module):
         spread: float = 0.02,
     ) -> None:
         super().__init__()
-        self.characters, self.places = nn.Embedding(V, width), nn.Embedding(context, width)
+        self.characters = nn.Embedding(V, width)
         self.blocks = nn.Sequential(*(Block(width, heads, attend) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, V, bias=False)
         for name, weight in self.named_parameters():
@@ -87,8 +95,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.characters(tokens) + self.places.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        return self.head(self.norm(self.blocks(self.characters(tokens))))
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of each character given those before it: `(B, N + 1)` to a number."""

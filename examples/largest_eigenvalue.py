@@ -87,7 +87,7 @@ def loss_of(job: Job) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     text = book[: job.N + 1]
     # Weights wider than for training: otherwise the attention is all but uniform.
     attend = ATTENTIONS[job.attention]
-    model = GPT(len(alphabet), job.N, 1, job.width, job.heads, attend, spread=0.1)
+    model = GPT(len(alphabet), 1, job.width, job.heads, attend, spread=0.1)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     sizes = [weight.numel() for weight in weights.values()]
 
@@ -217,7 +217,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens, with commas.")] = "2048,4096,8192",
     agree_at: Annotated[int, typer.Option(min=8, help="Tokens of the comparison.")] = 1024,
     steps: Annotated[int, typer.Option(min=3, help="Products of a search.")] = 16,
-    width: Annotated[int, typer.Option(min=1, help="A multiple of --heads.")] = 32,
+    width: Annotated[int, typer.Option(min=1, help="A multiple of 2 * --heads.")] = 32,
     heads: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1)] = machine.cores(),
     seed: int = 0,

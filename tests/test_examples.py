@@ -63,7 +63,7 @@ def test_char_gpt_learns_alike_with_both_attentions(
     monkeypatch.setattr(char_gpt, "show", show)
     picture = tmp_path / "char_gpt.png"
     char_gpt.main(
-        steps=5, context=37, batch=3, layers=2, width=22, heads=2, sample=7, threads=1, out=picture
+        steps=5, context=37, batch=3, layers=2, width=20, heads=2, sample=7, threads=1, out=picture
     )
     assert set(found) == {"tilewise", "sdpa"}
     assert char_gpt.difference(found["tilewise"], found["sdpa"]) < 1e-5
@@ -74,7 +74,7 @@ def test_char_gpt_learns_alike_with_both_attentions(
 
 def test_char_gpt_is_the_same_twice(load: Callable[[str], Any]) -> None:
     char_gpt = load("char_gpt")
-    settings = char_gpt.Settings(3, 17, 2, 1, 10, 2, sample=5, threads=1)
+    settings = char_gpt.Settings(3, 17, 2, 1, 12, 2, sample=5, threads=1)
     runs = [char_gpt.train("tilewise", settings, lambda loss: None) for _ in range(2)]
     assert runs[0]["losses"] == runs[1]["losses"]
     assert runs[0]["text"] == runs[1]["text"]
@@ -82,7 +82,7 @@ def test_char_gpt_is_the_same_twice(load: Callable[[str], Any]) -> None:
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="draws a picture")
 def test_char_gpt_runs_as_a_program(tmp_path: Path) -> None:
-    tiny = "--attention tilewise --steps 2 --context 13 --batch 2 --layers 1 --width 6 --heads 2"
+    tiny = "--attention tilewise --steps 2 --context 13 --batch 2 --layers 1 --width 8 --heads 2"
     picture = tmp_path / "char_gpt.png"
     command = [
         sys.executable,
@@ -135,7 +135,7 @@ def test_eigenvalues_agree_both_ways_and_with_the_formula(
     example = load("largest_eigenvalue")
     monkeypatch.setattr(example.fresh, "run", run_here)
     picture = tmp_path / "eigenvalue.png"
-    example.main(lengths="19,41", agree_at=23, steps=5, width=6, heads=2, threads=1, out=picture)
+    example.main(lengths="19,41", agree_at=23, steps=5, width=8, heads=2, threads=1, out=picture)
     said = capsys.readouterr().out
     assert "differ" not in said.split("relative difference")[1]
     assert "At 41 tokens the largest eigenvalue is" in said
