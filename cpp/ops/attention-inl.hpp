@@ -34,70 +34,102 @@ Body& placed(Body& body) {
   return body;
 }
 
+// What one thread works on: the call, or of several sequences the one at hand.
+template <class T>
+class Current {
+ public:
+  AttentionProblem problem;
+  explicit Current(const AttentionProblem& all) : problem(all), all_(all) {}
+
+  // The number that batch b has in `problem`.
+  int64_t select(int64_t b) {
+    if (!all_.in.sequences) return b;
+    if (b != now_) problem = all_.sequence(b, sizeof(T));
+    now_ = b;
+    return 0;
+  }
+
+ private:
+  const AttentionProblem& all_;
+  int64_t now_ = -1;
+};
+
 // A body works on blocks of queries of one head; the blocks are dealt to the threads.
-template <class Body, class... Args>
-void by_query_blocks(const AttentionInputs& in, const Args&... args) {
+template <class Body>
+void by_query_blocks(const AttentionProblem& all, bool moves) {
   using T = typename Body::Element;
+  const AttentionInputs& in = all.in;
   const int64_t panel_bytes =
-      Body::block_columns(in, args...) * kPanel * static_cast<int64_t>(sizeof(T));
+      Body::block_columns(in, moves) * kPanel * static_cast<int64_t>(sizeof(T));
   const int64_t wanted = (in.N + kPanel - 1) / kPanel;
   int64_t panels = std::clamp<int64_t>(kBlockBytes / panel_bytes, 1,
                                        std::min<int64_t>(kMaxBlock / kPanel, wanted));
-  const int all = threads_for(in, in.B * in.H * wanted);
-  while (panels > 2 && all > 1 && in.B * in.H * ((wanted + panels - 1) / panels) < 4 * all)
+  const int threads = threads_for(in, in.B * in.H * wanted);
+  while (panels > 2 && threads > 1 && in.B * in.H * ((wanted + panels - 1) / panels) < 4 * threads)
     panels = (panels + 1) / 2;
   const int64_t rows = panels * kPanel, blocks = (in.N + rows - 1) / rows,
                 tasks = in.B * in.H * blocks;
   std::atomic<int64_t> next{0};
-  run_parallel(static_cast<int>(std::min<int64_t>(all, tasks)), [&](int) {
-    Body body(in, args..., static_cast<int>(panels));
+  run_parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int) {
+    Current<T> current(all);
+    Body body(current.problem, static_cast<int>(panels), moves);
     placed(body);
     MaskBlock mask;
     const FloatingPointMode mode;
     for (int64_t t; (t = next.fetch_add(1)) < tasks;) {
       // last rows first: under a causal mask they take longest
       const int64_t q0 = (blocks - 1 - t % blocks) * rows, bh = t / blocks;
-      body.run(bh / in.H, bh % in.H, q0, static_cast<int>(std::min(rows, in.N - q0)), mask);
+      const int64_t b = current.select(bh / in.H), N = current.problem.in.N;
+      if (q0 < N) body.run(b, bh % in.H, q0, static_cast<int>(std::min(rows, N - q0)), mask);
     }
   });
 }
 
-template <class T>
-void forward_decode(const AttentionInputs& in, const AttentionResults& out) {
-  const int64_t chunks = std::max<int64_t>(1, (in.Nk + kChunkKeys - 1) / kChunkKeys),
-                heads = in.B * in.Hk;
-  const int64_t size = DecodeBody<T>::state_size(in);
+template <class E>
+void forward_decode(const AttentionProblem& all) {
+  using T = Acc<E>;
+  const AttentionInputs& in = all.in;
+  auto chunks_of = [](int64_t keys) {
+    return std::max<int64_t>(1, (keys + kChunkKeys - 1) / kChunkKeys);
+  };
+  const int64_t chunks = chunks_of(in.Nk), heads = in.B * in.Hk;
+  const int64_t size = DecodeBody<E>::state_size(in);
   std::vector<T> states(static_cast<size_t>(heads * chunks * size + kGroup));
   std::vector<std::atomic<int64_t>> left(static_cast<size_t>(heads));
   for (auto& l : left) l = chunks;
   std::atomic<int64_t> next{0};
   run_parallel(threads_for(in, heads * chunks), [&](int) {
-    DecodeBody<T> body(in, out);
+    Current<T> current(all);
+    DecodeBody<E> body(current.problem);
     placed(body);
     const FloatingPointMode mode;
     for (int64_t t; (t = next.fetch_add(1)) < heads * chunks;) {
-      const int64_t head = t / chunks, b = head / in.Hk, hk = head % in.Hk;
-      body.chunk(b, hk, t % chunks, states.data() + t * size);
+      const int64_t head = t / chunks, hk = head % in.Hk, b = current.select(head / in.Hk);
+      const int64_t mine = chunks_of(current.problem.in.Nk);
+      if (t % chunks < mine) body.chunk(b, hk, t % chunks, states.data() + t * size);
       if (left[static_cast<size_t>(head)].fetch_sub(1) == 1)
-        body.finish(b, hk, states.data() + head * chunks * size, chunks);
+        body.finish(b, hk, states.data() + head * chunks * size, mine);
     }
   });
 }
 
-template <class T>
-void forward(const AttentionInputs& in, const AttentionResults& out,
-             const AttentionTangents* tangents, const AttentionOutputTangents& out_tangents) {
-  if (in.B * in.H * in.N == 0) return;
-  if (in.N <= kDecodeQueries && !tangents)
-    forward_decode<T>(in, out);
+template <class E>
+void forward(const AttentionProblem& all) {
+  if (all.in.B * all.in.H * all.in.N == 0) return;
+  if (all.in.N <= kDecodeQueries)
+    forward_decode<E>(all);
   else
-    by_query_blocks<ForwardBody<T>>(in, out, tangents, out_tangents);
+    by_query_blocks<ForwardBody<E>>(all, false);
 }
 
-template <class T>
-void jvp(const AttentionInputs& in, const AttentionSaved& saved, const AttentionTangents& tangents,
-         const AttentionOutputTangents& out) {
-  if (in.B * in.H * in.N > 0) by_query_blocks<JvpBody<T>>(in, saved, tangents, out);
+template <class E>
+void forward_jvp(const AttentionProblem& all) {
+  if (all.in.B * all.in.H * all.in.N > 0) by_query_blocks<ForwardBody<E>>(all, true);
+}
+
+template <class E>
+void jvp(const AttentionProblem& all) {
+  if (all.in.B * all.in.H * all.in.N > 0) by_query_blocks<JvpBody<E>>(all, true);
 }
 
 TW_INLINE BiasGradient bias_gradient(const View4& dbias) {
@@ -106,29 +138,30 @@ TW_INLINE BiasGradient bias_gradient(const View4& dbias) {
   return dbias.column ? BiasGradient::kOverQueries : BiasGradient::kOverBoth;
 }
 
-template <class T>
-void clear_rows(const View4& x, int64_t B, int64_t H, int64_t rows, int64_t columns) {
+TW_INLINE void clear_rows(const View4& x, const AttentionInputs& in, int64_t columns) {
   if (!x) return;
-  for (int64_t b = 0; b < B; b++)
-    for (int64_t h = 0; h < H; h++)
-      for (int64_t r = 0; r < rows; r++)
-        std::memset(x.at_mut<T>(b, h, r), 0, sizeof(T) * static_cast<size_t>(columns));
+  for (int64_t b = 0; b < in.B; b++)
+    for (int64_t h = 0; h < in.Hk; h++)
+      for (int64_t r = 0; r < in.Nk; r++)
+        std::memset(const_cast<char*>(row_bytes(x, b, h, r)), 0,
+                    static_cast<size_t>(columns * bytes_of(x.storage)));
 }
 
-template <class T>
-void vjp(const AttentionInputs& in, const AttentionSaved& saved, const AttentionCotangents& ct,
-         const AttentionSecond* second, const AttentionGradients& grads);
+template <class E>
+void gradients(const AttentionProblem& all, bool moves);
 
 // A bias that is one number a head: its gradient by key, then the sum over keys in ascending order.
-template <class T>
-void vjp_over_both(const AttentionInputs& in, const AttentionSaved& saved,
-                   const AttentionCotangents& ct, const AttentionSecond* second,
-                   AttentionGradients grads) {
-  const View4 to = grads.dbias;
+template <class E>
+void gradients_over_both(AttentionProblem all, bool moves) {
+  using T = Acc<E>;
+  const AttentionInputs& in = all.in;
+  const View4 to = all.gradients.dbias;
   const int64_t batches = to.batch ? in.B : 1, heads = to.head ? in.H : 1;
   std::vector<T> by_key(static_cast<size_t>(batches * heads * in.Nk));
-  grads.dbias = {by_key.data(), to.batch ? heads * in.Nk : 0, to.head ? in.Nk : 0, 0, 1};
-  vjp<T>(in, saved, ct, second, grads);
+  View4 sums{by_key.data(), to.batch ? heads * in.Nk : 0, to.head ? in.Nk : 0, 0, 1};
+  sums.storage = to.storage;
+  all.gradients.dbias = sums;
+  gradients<E>(all, moves);
   const FloatingPointMode mode;
   for (int64_t b = 0; b < batches; b++)
     for (int64_t h = 0; h < heads; h++)
@@ -136,41 +169,91 @@ void vjp_over_both(const AttentionInputs& in, const AttentionSaved& saved,
         *to.at_mut<T>(b, h) += by_key[static_cast<size_t>((b * heads + h) * in.Nk + k)];
 }
 
+// Room for the sums of a gradient whose rows are stored in fewer bits than they are summed in;
+// `batches` and `rows` are those of its array.
 template <class T>
-void vjp(const AttentionInputs& in, const AttentionSaved& saved, const AttentionCotangents& ct,
-         const AttentionSecond* second, const AttentionGradients& grads) {
+View4 sums_of(const View4& x, int64_t batches, int64_t Hk, int64_t rows, int64_t columns,
+              std::vector<T>* memory) {
+  if (!x || in_place<T>(x)) return {};
+  memory->resize(static_cast<size_t>(batches * Hk * rows * columns));
+  View4 sums{memory->data(), Hk * rows * columns, rows * columns, columns, 1};
+  sums.storage = kStorage<T>;
+  return sums;
+}
+
+// The VJP; where it `moves`, the JVP of the VJP.
+template <class E>
+void gradients(const AttentionProblem& problem, bool moves) {
+  using T = Acc<E>;
+  AttentionProblem all = problem;
+  const AttentionInputs& in = all.in;
+  AttentionGradients& grads = all.gradients;
+  const Sequences& sequences = in.sequences;
   if (in.B * in.Hk == 0) return;
   if (bias_gradient(grads.dbias) == BiasGradient::kOverBoth && in.Nk > 1)
-    return vjp_over_both<T>(in, saved, ct, second, grads);
+    return gradients_over_both<E>(all, moves);
   if (in.N == 0) {
-    clear_rows<T>(grads.dk, in.B, in.Hk, in.Nk, in.D);
-    clear_rows<T>(grads.dv, in.B, in.Hk, in.Nk, in.Dv);
+    Current<T> current(all);
+    for (int64_t s = 0; s < (sequences ? in.B : 1); s++) {
+      current.select(s);
+      clear_rows(current.problem.gradients.dk, current.problem.in, in.D);
+      clear_rows(current.problem.gradients.dv, current.problem.in, in.Dv);
+    }
     if (grads.dsinks) std::memset(grads.dsinks, 0, sizeof(T) * static_cast<size_t>(in.H));
     return;
   }
-  const bool across_batches = grads.dbias && grads.dbias.batch == 0 && in.B > 1;
+  const bool across_batches = grads.dbias && grads.dbias.batch == 0 && in.B > 1 && !sequences;
   const bool across_heads = grads.dbias && grads.dbias.head == 0 && in.H > 1;
   const int64_t unit_batches = across_batches ? in.B : 1, unit_groups = across_heads ? in.Hk : 1;
   const int64_t query_chunks = (in.N + kGradChunk - 1) / kGradChunk;
   const int64_t units = in.B / unit_batches * (in.Hk / unit_groups);
-  const int64_t steps = unit_batches * unit_groups * (in.H / in.Hk) * query_chunks;
+  const int64_t units_across = in.Hk / unit_groups,
+                batch_steps = unit_groups * (in.H / in.Hk) * query_chunks;
+  const int64_t steps = unit_batches * batch_steps;
   const int threads = threads_for(in, units * steps);
+  std::vector<T> dk_memory, dv_memory;
+  if (in.H / in.Hk * query_chunks > 1) {
+    const int64_t batches = sequences.k_starts ? 1 : in.B,
+                  rows = sequences.k_starts ? sequences.k_starts[in.B] : in.Nk;
+    grads.dk_sum = sums_of<T>(grads.dk, batches, in.Hk, rows, in.D, &dk_memory);
+    grads.dv_sum = sums_of<T>(grads.dv, batches, in.Hk, rows, in.Dv, &dv_memory);
+  }
   VjpSchedule schedule(units, steps, (in.Nk + kGradChunk - 1) / kGradChunk, threads);
   schedule.bias = bias_gradient(grads.dbias);
   schedule.bias_shared = across_batches || across_heads;
-  schedule.unit_batches = unit_batches;
   schedule.unit_groups = unit_groups;
   schedule.query_chunks = query_chunks;
   const bool pairs = grads.dq || grads.dk || grads.dv || grads.dbias;
   std::atomic<int64_t> next_head{0};
   run_parallel(threads, [&](int) {
-    VjpBody<T> body(in, saved, ct, second, grads, schedule);
+    Current<T> current(all);
+    VjpBody<E> body(current.problem, moves, schedule);
     placed(body);
     const FloatingPointMode mode;
-    for (int64_t unit, step; pairs && schedule.take(&unit, &step);) body.run(unit, step);
-    if (grads.dsinks)
-      for (int64_t h; (h = next_head.fetch_add(1)) < in.H;) body.sink_gradient(h);
+    for (int64_t unit, step; pairs && schedule.take(&unit, &step);) {
+      const int64_t b = unit / units_across * unit_batches + step / batch_steps;
+      body.run(unit, step, current.select(b));
+    }
+    if (!grads.dsinks) return;
+    for (int64_t h; (h = next_head.fetch_add(1)) < in.H;) {
+      T total = 0;
+      for (int64_t s = 0; s < (sequences ? in.B : 1); s++) {
+        current.select(s);
+        total = body.sink_gradient(h, total);
+      }
+      static_cast<T*>(grads.dsinks)[h] = total + T{0};
+    }
   });
+}
+
+template <class E>
+void vjp(const AttentionProblem& all) {
+  gradients<E>(all, false);
+}
+
+template <class E>
+void vjp_jvp(const AttentionProblem& all) {
+  gradients<E>(all, true);
 }
 
 // Fused multiply-adds of one core in GFLOP/s: independent chains in registers.
@@ -193,10 +276,14 @@ TW_NOINLINE double fma_peak(double seconds) {
   return best;
 }
 
+template <class E>
+inline const AttentionFunctions* functions() {
+  static const AttentionFunctions table{forward<E>, forward_jvp<E>, jvp<E>, vjp<E>, vjp_jvp<E>};
+  return &table;
+}
+
 inline const AttentionKernels* kernels() {
-  static const AttentionKernels table{{forward<float>, jvp<float>, vjp<float>},
-                                      {forward<double>, jvp<double>, vjp<double>},
-                                      fma_peak<float>,
+  static const AttentionKernels table{*functions<float>(), *functions<double>(), fma_peak<float>,
                                       fma_peak<double>};
   return &table;
 }

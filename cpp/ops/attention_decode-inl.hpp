@@ -27,45 +27,60 @@ struct RowsAhead {
   }
 };
 
+// Four columns of the product's elements: rows in lanes.
+template <class E>
+TW_INLINE void columns4(const E* p, int64_t ld, int last, Vec<E>* out) {
+  if constexpr (kPairs<E>) {
+    Vec<float> x[4];
+    load_columns4(reinterpret_cast<const float*>(p), ld, last, x);
+    TW_UNROLL for (int e = 0; e < 4; e++) std::memcpy(&out[e], &x[e], sizeof x[e]);
+  } else {
+    load_columns4(p, ld, last, out);
+  }
+}
+
 // s[g * kTileKeys + key] for 2 registers of keys; `rows` of them exist.
-template <class T, int G, bool TAIL>
-TW_INLINE void decode_scores_block(const T* k, int64_t ld, const T* q, int depth, T* s, int rows,
-                                   RowsAhead<T> ahead) {
+template <class E, int G, bool TAIL>
+TW_INLINE void decode_scores_block(const E* k, int64_t ld, const E* q, int depth, Acc<E> scale,
+                                   Acc<E>* s, int rows, RowsAhead<E> ahead) {
+  using T = Acc<E>;
   constexpr int W = kWidth<T>, U = 2;
   Vec<T> acc[U][G];
   TW_UNROLL for (int u = 0; u < U; u++) TW_UNROLL for (int g = 0; g < G; g++) acc[u][g] = zero<T>();
   int d = 0;
   for (; d + 4 <= depth; d += 4) {
-    if (!TAIL) ahead.template touch<U * W * 4 / RowsAhead<T>::kLine>();
+    if (!TAIL) ahead.template touch<U * W * 4 / RowsAhead<E>::kLine>();
     TW_UNROLL for (int u = 0; u < U; u++) {
       const int have = rows - u * W;
       const int last = !TAIL || have > W ? W - 1 : have > 0 ? have - 1 : 0;
-      Vec<T> x[4];
-      load_columns4(k + (!TAIL || have > 0 ? u * W : 0) * ld + d, ld, last, x);
+      Vec<E> x[4];
+      columns4<E>(k + (!TAIL || have > 0 ? u * W : 0) * ld + d, ld, last, x);
       TW_UNROLL for (int e = 0; e < 4; e++) TW_UNROLL for (int g = 0; g < G; g++) acc[u][g] =
-          fma(x[e], set1(q[g * depth + d + e]), acc[u][g]);
+          multiply_add(x[e], set1(q[g * depth + d + e]), acc[u][g]);
     }
   }
   for (; d < depth; d++) TW_UNROLL for (int u = 0; u < U; u++) {
-      Vec<T> x;
-      for (int i = 0; i < W; i++) x[i] = k[std::min(u * W + i, rows - 1) * ld + d];
-      TW_UNROLL for (int g = 0; g < G; g++) acc[u][g] = fma(x, set1(q[g * depth + d]), acc[u][g]);
+      E lanes[W];
+      for (int i = 0; i < W; i++) lanes[i] = k[std::min(u * W + i, rows - 1) * ld + d];
+      const Vec<E> x = load(lanes);
+      TW_UNROLL for (int g = 0; g < G; g++) acc[u][g] =
+          multiply_add(x, set1(q[g * depth + d]), acc[u][g]);
     }
   TW_UNROLL for (int u = 0; u < U; u++) TW_UNROLL for (int g = 0; g < G; g++)
-      store(s + g * kTileKeys + u * W, acc[u][g]);
+      store(s + g * kTileKeys + u * W, kPairs<E> ? acc[u][g] * set1(scale) : acc[u][g]);
 }
 
 // o = o alpha + sum over keys, for NV registers of columns. A chain is parked in `part` between
 // calls.
 template <class T, int G, int NV, bool EDGE>
-TW_INLINE void decode_values_block(const T* v, int64_t ld, const T* w, const uint8_t* allow, int ja,
-                                   int jb, T* o, T* part, int64_t ldo, bool first, bool last,
+TW_INLINE void decode_values_block(const T* v, int64_t ld, const T* w, const uint8_t* allow,
+                                   int keys, T* o, T* part, int64_t ldo, bool first, bool last,
                                    const T* alpha, RowsAhead<T>& ahead) {
   constexpr int W = kWidth<T>;
   Vec<T> acc[G][NV];
   TW_UNROLL for (int g = 0; g < G; g++) TW_UNROLL for (int i = 0; i < NV; i++) acc[g][i] =
       first ? zero<T>() : load(part + g * ldo + i * W);
-  for (int j = ja; j < jb; j++) {
+  for (int j = 0; j < keys; j++) {
     Vec<T> x[NV];
     TW_UNROLL for (int i = 0; i < NV; i++) x[i] = load(v + j * ld + i * W);
     ahead.template touch<(NV * W + RowsAhead<T>::kLine - 1) / RowsAhead<T>::kLine>();
@@ -84,6 +99,61 @@ TW_INLINE void decode_values_block(const T* v, int64_t ld, const T* w, const uin
   }
 }
 
+#if defined(TW_HAS_PAIRS)
+// Pairs of neighbouring keys from their two rows.
+TW_INLINE Vec<Bf16x2> join(const Bf16* first, const Bf16* second) {
+  auto wide = [](const Bf16* x) __attribute__((always_inline)) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  };
+  return (Vec<Bf16x2>)_mm512_or_si512(wide(first), _mm512_slli_epi32(wide(second), 16));
+}
+TW_INLINE Vec<Bf16x2> halves(Vec<Bf16x2> x, bool first, bool second) {
+  return x & static_cast<int>((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0));
+}
+
+// The same with pairs of neighbouring keys, `keys` of which exist; columns from v are `columns`
+// wide, and those of o and `part` rounded up.
+template <int G, int NV, bool EDGE>
+TW_INLINE void decode_values_block(const Bf16x2* v, int64_t ld, const Bf16x2* w,
+                                   const uint8_t* allow, int keys, int columns, float* o,
+                                   float* part, int64_t ldo, bool first, bool last,
+                                   const float* alpha, RowsAhead<Bf16x2>& ahead) {
+  constexpr int W = kWidth<float>;
+  static constexpr Bf16 kNothing[NV * W] = {};
+  Vec<float> acc[G][NV];
+  TW_UNROLL for (int g = 0; g < G; g++) TW_UNROLL for (int i = 0; i < NV; i++) acc[g][i] =
+      first ? zero<float>() : load(part + g * ldo + i * W);
+  for (int j = 0; j < keys; j += 2) {
+    const Bf16* a = reinterpret_cast<const Bf16*>(v + j * ld);
+    const Bf16* b = j + 1 < keys ? a + 2 * ld : kNothing;
+    Bf16 copy[2][NV * W] = {};
+    if (columns < NV * W) {
+      std::memcpy(copy[0], a, sizeof(Bf16) * static_cast<size_t>(columns));
+      std::memcpy(copy[1], b, sizeof(Bf16) * static_cast<size_t>(columns));
+      a = copy[0], b = copy[1];
+    }
+    Vec<Bf16x2> x[NV];
+    TW_UNROLL for (int i = 0; i < NV; i++) x[i] = join(a + i * W, b + i * W);
+    ahead.template touch<(NV * W + RowsAhead<Bf16x2>::kLine - 1) / RowsAhead<Bf16x2>::kLine>();
+    TW_UNROLL for (int g = 0; g < G; g++) {
+      const uint8_t* see = allow + g * kTileKeys + j;
+      const bool second = j + 1 < keys && see[1];
+      if (EDGE && !see[0] && !second) continue;
+      const Vec<Bf16x2> y = set1(w[(g * kTileKeys + j) / 2]);
+      TW_UNROLL for (int i = 0; i < NV; i++) acc[g][i] =
+          multiply_add(EDGE ? halves(x[i], see[0], second) : x[i], y, acc[g][i]);
+    }
+  }
+  TW_UNROLL for (int g = 0; g < G; g++) TW_UNROLL for (int i = 0; i < NV; i++) {
+    float* to = o + g * ldo + i * W;
+    if (last)
+      store(to, fma(load(to), set1(alpha[g]), acc[g][i]));
+    else
+      store(part + g * ldo + i * W, acc[g][i]);
+  }
+}
+#endif
+
 // Sum of s over keys [ja, jb), both multiples of 4, in the order of weights_panel.
 template <class T>
 TW_INLINE T sum_by_key(const T* s, int ja, int jb) {
@@ -92,8 +162,11 @@ TW_INLINE T sum_by_key(const T* s, int ja, int jb) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-template <class T>
+template <class E>
 class DecodeBody {
+  using T = Acc<E>;
+  static constexpr int kP = kPack<E>;
+
  public:
   // The state of a (batch, KV head, chunk): o[rows][Dv], m, l, e [rows rounded up to 16].
   static int64_t padded_rows(const AttentionInputs& in) {
@@ -106,23 +179,27 @@ class DecodeBody {
     return padded_rows(in) * (columns(in) + 3);
   }
 
-  DecodeBody(const AttentionInputs& in, const AttentionResults& out)
-      : in_(in), out_(out), ldo_(columns(in)), padded_(padded_rows(in)) {}
+  explicit DecodeBody(const AttentionProblem& problem)
+      : in_(problem.in), out_(problem.out), ldo_(columns(in_)), padded_(padded_rows(in_)) {}
 
   void place(Arena& arena) {
-    q_ = arena.take<T>(kDecodeRows * in_.D);
+    q_ = arena.take<E>(kDecodeRows * in_.D);
     s_ = arena.take<T>(kDecodeRows * kTileKeys);
     x_ = arena.take<T>(kDecodeRows * kTileKeys);
     part_ = arena.take<T>(kDecodeRows * ldo_);
     allow_ = arena.take<uint8_t>(kDecodeRows * kTileKeys);
     mask_ = arena.take<MaskBlock>(1);
+    weights_ = arena.take<E>(kPairs<E> ? kDecodeRows * kTileKeys / 2 : 0);
+    k_rows_ = arena.take<E>(in_place<E>(in_.k) ? 0 : kSubKeys * in_.D);
+    v_rows_ = arena.take<E>(in_place<E>(in_.v) ? 0 : kSubKeys * in_.Dv);
+    o_row_ = arena.take<T>(in_.Dv);
   }
 
   void chunk(int64_t b, int64_t hk, int64_t c, T* state) {
     b_ = b;
     hk_ = hk;
     const int64_t rows = in_.H / in_.Hk * in_.N;
-    std::memset(state, 0, sizeof(T) * static_cast<size_t>(state_size(in_)));
+    std::memset(state, 0, sizeof(T) * static_cast<size_t>(padded_ * (ldo_ + 3)));
     for (int64_t r = 0; r < padded_; r++) m_of(state)[r] = -std::numeric_limits<T>::infinity();
     const int64_t end = std::min(in_.Nk, (c + 1) * kChunkKeys);
     for (int64_t k0 = c * kChunkKeys; k0 < end; k0 += kTileKeys) {
@@ -148,7 +225,7 @@ class DecodeBody {
   // Merges the chunks' states in ascending order and writes the rows of one KV head.
   void finish(int64_t b, int64_t hk, T* states, int64_t chunks) {
     const int64_t group = in_.H / in_.Hk, rows = group * in_.N;
-    for (int64_t c = 1; c < chunks; c++) merge(states, states + c * state_size(in_), rows);
+    for (int64_t c = 1; c < chunks; c++) merge(states, states + c * padded_ * (ldo_ + 3), rows);
     for (int64_t r = 0; r < rows; r += kGroup) {
       const int n = static_cast<int>(std::min<int64_t>(kGroup, rows - r));
       alignas(64) T sink[kGroup] = {};
@@ -156,12 +233,14 @@ class DecodeBody {
         for (int i = 0; i < n; i++) sink[i] = *in_.sinks.at<T>(0, hk * group + (r + i) / in_.N);
       const RowEnd<T> end(m_of(states) + r, l_of(states) + r, e_of(states) + r, bool(in_.sinks),
                           sink);
-      end.write(out_, (b * in_.H + hk * group) * in_.N + r, n);
       for (int i = 0; i < n; i++) {
+        const int64_t h = hk * group + (r + i) / in_.N, row = (r + i) % in_.N;
+        end.write(out_, in_.row_at(b, h, row), 1, i);
         const T* from = states + (r + i) * ldo_;
-        T* to = out_.o.at_mut<T>(b, hk * group + (r + i) / in_.N, (r + i) % in_.N);
         for (int64_t d = 0; d < in_.Dv; d++)
-          to[d] = end.o_scale[i] == 0 ? T{0} : from[d] * end.o_scale[i] + T{0};
+          o_row_[d] = end.o_scale[i] == 0 ? T{0} : from[d] * end.o_scale[i] + T{0};
+        put_row<T>(out_.o, b, h, row, o_row_, in_.Dv);
+        if (out_.o_full) put_row<T>(out_.o_full, b, h, row, o_row_, in_.Dv);
       }
     }
   }
@@ -224,9 +303,17 @@ class DecodeBody {
   template <int G>
   void load_queries(int64_t r, const Logits<T>* logits) {
     const int64_t group = in_.H / in_.Hk;
+    const int depth = static_cast<int>(in_.D) / kP;
     for (int g = 0; g < G; g++) {
-      const T* q = in_.q.at<T>(b_, hk_ * group + (r + g) / in_.N, (r + g) % in_.N);
-      for (int64_t d = 0; d < in_.D; d++) q_[g * in_.D + d] = q[d] * logits[g].q_scale;
+      E* to = q_ + g * depth;
+      const Rows<E> q =
+          read_rows<E>(in_.q, b_, hk_ * group + (r + g) / in_.N, (r + g) % in_.N, 1, depth, to);
+      for (int d = 0; d < depth; d++) {
+        if constexpr (kPairs<E>)
+          to[d] = q.at[d];
+        else
+          to[d] = q.at[d] * logits[g].q_scale;
+      }
     }
   }
 
@@ -243,19 +330,17 @@ class DecodeBody {
     load_queries<G>(r, logits);
     constexpr int kKeys = 2 * kWidth<T>;
     const int begin = ja / kKeys * kKeys, end = (jb + kKeys - 1) / kKeys * kKeys;
-    const T* k = in_.k.at<T>(b_, hk_, k0);
-    const T* v = in_.v.at<T>(b_, hk_, k0);  // prefetched
-    const int depth = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
+    const int depth = static_cast<int>(in_.D) / kP;
     for (int j = begin; j < end; j += kKeys) {
       const int rows = std::min(kKeys, keys - j);
-      const bool more = j + kKeys < end;
+      const Rows<E> k = read_rows<E>(in_.k, b_, hk_, k0 + j, rows, depth, k_rows_);
+      const RowsAhead<E> next = j + kKeys < end ? ahead(in_.k, k0 + j + kKeys, in_.D, k)
+                                                : ahead(in_.v, k0 + ja, in_.Dv, k);
+      const T scale = product_scale<E>(logits[0]);
       if (rows == kKeys)
-        decode_scores_block<T, G, false>(k + j * in_.k.row, in_.k.row, q_, depth, s_ + j, rows,
-                                         more ? ahead(in_.k, k + (j + kKeys) * in_.k.row, depth)
-                                              : ahead(in_.v, v + ja * in_.v.row, Dv));
+        decode_scores_block<E, G, false>(k.at, k.ld, q_, depth, scale, s_ + j, rows, next);
       else
-        decode_scores_block<T, G, true>(k + j * in_.k.row, in_.k.row, q_, depth, s_ + j, rows,
-                                        ahead(in_.k, k, depth));
+        decode_scores_block<E, G, true>(k.at, k.ld, q_, depth, scale, s_ + j, rows, next);
     }
     alignas(64) T alpha[kDecodeRows];
     for (int g = 0; g < G; g++) {
@@ -267,6 +352,15 @@ class DecodeBody {
       alpha[g] = weights(s, x_ + g * kTileKeys, begin, end, m_of(state) + r + g,
                          l_of(state) + r + g, e_of(state) + r + g);
       if (in_.dropout.on) drop(h + (r + g) / in_.N, (r + g) % in_.N, k0, begin, end, s);
+    }
+    if constexpr (kPairs<E>) {
+      edge |= ja % 2 != 0 || jb % 2 != 0;
+      ja -= ja % 2;
+      jb = std::min(jb + jb % 2, keys);
+      for (int g = 0; g < G; g++)
+        for (int j = begin; j < end; j += kGroup * 2)
+          store_row_pairs(weights_ + (g * kTileKeys + j) / 2, load(s_ + g * kTileKeys + j),
+                          load(s_ + g * kTileKeys + j + kGroup));
     }
     for (int begin = 0; begin < jb; begin += kChainKeys)
       chain<G>(begin, ja, jb, edge, k0, state + r * ldo_, alpha);
@@ -285,48 +379,67 @@ class DecodeBody {
           for (int64_t d = 0; d < ldo_; d++) o[g * ldo_ + d] *= alpha[g];
       return;
     }
-    const T *k = in_.k.at<T>(b_, hk_, k0), *v = in_.v.at<T>(b_, hk_, k0);
     for (int js = a; js < b; js = (js / kSubKeys + 1) * kSubKeys) {
       const int je = std::min((js / kSubKeys + 1) * kSubKeys, b);
-      RowsAhead<T> next = je < jb
-                              ? ahead(in_.v, v + je * in_.v.row, static_cast<int>(in_.Dv))
-                              : ahead(in_.k, k + kTileKeys * in_.k.row, static_cast<int>(in_.D));
+      const int columns = static_cast<int>(in_.Dv) / kP;
+      const Rows<E> v = read_rows<E>(in_.v, b_, hk_, k0 + js, je - js, columns, v_rows_);
+      RowsAhead<E> next =
+          je < jb ? ahead(in_.v, k0 + je, in_.Dv, v) : ahead(in_.k, k0 + kTileKeys, in_.D, v);
       if (edge)
-        values<G, true>(v, js, je, o, js == a, je == b, factor, next);
+        values<G, true>(v, js, je - js, o, js == a, je == b, factor, next);
       else
-        values<G, false>(v, js, je, o, js == a, je == b, factor, next);
+        values<G, false>(v, js, je - js, o, js == a, je == b, factor, next);
     }
   }
 
-  static RowsAhead<T> ahead(const View4& x, const T* row, int columns) {
-    return {row, x.row, columns};
+  // The rows to ask for next: from `key` where they are read in place, else `here` once more.
+  RowsAhead<E> ahead(const View4& x, int64_t key, int64_t columns, const Rows<E>& here) const {
+    const int n = static_cast<int>(columns) / kP;
+    if (!in_place<E>(x)) return {here.at, 0, n};
+    return {x.at<E>(0, 0) + (b_ * x.batch + hk_ * x.head + key * x.row) / kP, x.row / kP, n};
+  }
+
+  // The first key is key j of the tile.
+  template <int G, bool EDGE>
+  void values(const Rows<E>& v, int j, int keys, T* o, bool first, bool last, const T* alpha,
+              RowsAhead<E>& next) {
+    constexpr int NV = kVectorBytes == 64 ? 4 : 2, W = kWidth<T>;
+    const int n = static_cast<int>(in_.Dv);
+    const uint8_t* allow = allow_ + j;
+    int d = 0;
+    if constexpr (kPairs<E>) {
+      const E* w = weights_ + j / 2;
+      for (; d + NV * W <= n; d += NV * W)
+        decode_values_block<G, NV, EDGE>(v.at + d / 2, v.ld, w, allow, keys, NV * W, o + d,
+                                         part_ + d, ldo_, first, last, alpha, next);
+      for (; d < n; d += W)
+        decode_values_block<G, 1, EDGE>(v.at + d / 2, v.ld, w, allow, keys, std::min(W, n - d),
+                                        o + d, part_ + d, ldo_, first, last, alpha, next);
+    } else {
+      const T* w = s_ + j;
+      for (; d + NV * W <= n; d += NV * W)
+        decode_values_block<T, G, NV, EDGE>(v.at + d, v.ld, w, allow, keys, o + d, part_ + d, ldo_,
+                                            first, last, alpha, next);
+      for (; d + W <= n; d += W)
+        decode_values_block<T, G, 1, EDGE>(v.at + d, v.ld, w, allow, keys, o + d, part_ + d, ldo_,
+                                           first, last, alpha, next);
+      for (; d < n; d++) last_column<G, EDGE>(v, j, keys, d, o, first, last, alpha);
+    }
   }
 
   template <int G, bool EDGE>
-  void values(const T* v, int js, int je, T* o, bool first, bool last, const T* alpha,
-              RowsAhead<T>& next) {
-    constexpr int NV = kVectorBytes == 64 ? 4 : 2, W = kWidth<T>;
-    const int64_t ld = in_.v.row;
-    const int n = static_cast<int>(in_.Dv);
-    int d = 0;
-    for (; d + NV * W <= n; d += NV * W)
-      decode_values_block<T, G, NV, EDGE>(v + d, ld, s_, allow_, js, je, o + d, part_ + d, ldo_,
-                                          first, last, alpha, next);
-    for (; d + W <= n; d += W)
-      decode_values_block<T, G, 1, EDGE>(v + d, ld, s_, allow_, js, je, o + d, part_ + d, ldo_,
-                                         first, last, alpha, next);
-    for (; d < n; d++) {
-      for (int g = 0; g < G; g++) {
-        T acc = first ? T{0} : part_[g * ldo_ + d];
-        for (int j = js; j < je; j++)
-          if (!EDGE || allow_[g * kTileKeys + j])
-            acc = fused(v[j * ld + d], s_[g * kTileKeys + j], acc);
-        T& to = o[g * ldo_ + d];
-        if (last)
-          to = fused(to, alpha[g], acc);
-        else
-          part_[g * ldo_ + d] = acc;
-      }
+  void last_column(const Rows<T>& v, int j, int keys, int d, T* o, bool first, bool last,
+                   const T* alpha) {
+    for (int g = 0; g < G; g++) {
+      T acc = first ? T{0} : part_[g * ldo_ + d];
+      for (int i = 0; i < keys; i++)
+        if (!EDGE || allow_[g * kTileKeys + j + i])
+          acc = fused(v.at[i * v.ld + d], s_[g * kTileKeys + j + i], acc);
+      T& to = o[g * ldo_ + d];
+      if (last)
+        to = fused(to, alpha[g], acc);
+      else
+        part_[g * ldo_ + d] = acc;
     }
   }
 
@@ -338,9 +451,7 @@ class DecodeBody {
     alignas(64) T added[kTileKeys], iota[kTileKeys];
     positions<T>(0, kTileKeys, iota);
     if (logits.bias)
-      for (int j = begin; j < end; j++)
-        added[j] =
-            j < keys ? logits.bias.at[row * logits.bias.row + (k0 + j) * logits.bias.column] : T{0};
+      for (int j = begin; j < end; j++) added[j] = j < keys ? logits.bias(row, k0 + j) : T{0};
     const Vec<T> pos = splat<T>(static_cast<double>(row + logits.offset - k0));
     for (int j = begin; j < end; j += kWidth<T>) {
       const Vec<T> x = logits.bias ? load(added + j) : zero<T>();
@@ -381,7 +492,8 @@ class DecodeBody {
   const AttentionInputs& in_;
   const AttentionResults& out_;
   int64_t ldo_, padded_, b_ = 0, hk_ = 0;
-  T *q_ = nullptr, *s_ = nullptr, *x_ = nullptr, *part_ = nullptr;
+  E *q_ = nullptr, *weights_ = nullptr, *k_rows_ = nullptr, *v_rows_ = nullptr;
+  T *s_ = nullptr, *x_ = nullptr, *part_ = nullptr, *o_row_ = nullptr;
   uint8_t* allow_ = nullptr;
   MaskBlock* mask_ = nullptr;
 };

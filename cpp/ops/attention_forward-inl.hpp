@@ -122,25 +122,83 @@ TW_NOINLINE void moments_panel(const T* w, T* ts, const Segment* segments, int c
   }
 }
 
-template <class T>
+// Weights as the values' product takes them: in pairs of neighbouring keys, where it takes pairs.
+template <class E>
+TW_NOINLINE const E* weights_of(const Acc<E>* s, const Segment* segments, int count, E* pairs) {
+  if constexpr (kPairs<E>) {
+    for (int i = 0; i < count; i++) {
+      const Segment& g = segments[i];
+      for (int j = g.ja; j < g.jb; j += 2)
+        for (int n = g.na * kRegs<float>; n < g.nb * kRegs<float>; n++) {
+          const float* at = s + int64_t{j} * kPanel + n * kWidth<float>;
+          const Vec<float> second = j + 1 < g.jb ? load(at + kPanel) : zero<float>();
+          store_pairs(pairs + int64_t{j / 2} * kPanel + n * kWidth<float>, load(at), second);
+        }
+    }
+    return pairs;
+  } else {
+    return s;
+  }
+}
+
+// Keys or values of a tile as a product takes them: rows, or pairs of neighbouring rows.
+template <class E>
+struct TileRows {
+  Rows<E> rows{};
+  E *scratch = nullptr, *pairs = nullptr;
+  bool finite = true;
+
+  void place(Arena& arena, const View4& x, int64_t columns) {
+    if (!x) return;
+    scratch = arena.take<E>(in_place<E>(x) && !kPairs<E> ? 0 : kTileKeys * columns);
+    pairs = arena.take<E>(kPairs<E> ? kTileKeys / 2 * columns : 0);
+  }
+  // Rows from k0 for the scores: `columns` numbers are the terms of a score.
+  void load_terms(const View4& x, int64_t b, int64_t h, int64_t k0, int keys, int64_t columns) {
+    if (x) rows = read_rows<E>(x, b, h, k0, keys, static_cast<int>(columns) / kPack<E>, scratch);
+  }
+  // Rows from k0 for a sum over keys.
+  void load_values(const View4& x, int64_t b, int64_t h, int64_t k0, int keys, int64_t columns) {
+    if (!x) return;
+    const int n = static_cast<int>(columns);
+    if constexpr (kPairs<E>) {
+      const Rows<E> halves = read_rows<E>(x, b, h, k0, keys, (n + 1) / 2, scratch);
+      const Bf16* from = reinterpret_cast<const Bf16*>(halves.at);
+      interleave_rows(from, 2 * halves.ld, keys, n, pairs, n);
+      finite = all_finite(from, 2 * halves.ld, n, keys);
+      rows = {pairs, n};
+    } else {
+      rows = read_rows<E>(x, b, h, k0, keys, n, scratch);
+      // Values are read in columns, of rows far apart: they come in while the keys are worked on.
+      if (in_place<E>(x)) touch_rows(rows.at, rows.ld, n, keys);
+    }
+  }
+};
+
+// E is what the products take, T what they are summed in.
+template <class E>
 class ForwardBody {
+  using T = Acc<E>;
+
  public:
   using Element = T;
-  static int64_t block_columns(const AttentionInputs& in, const AttentionResults&,
-                               const AttentionTangents* tangents, const AttentionOutputTangents&) {
-    return (in.D + 2 * in.Dv) * (tangents ? 2 : 1);
+  static int64_t block_columns(const AttentionInputs& in, bool moves) {
+    return (in.D / kPack<E> + 2 * in.Dv) * (moves ? 2 : 1);
   }
 
-  ForwardBody(const AttentionInputs& in, const AttentionResults& out,
-              const AttentionTangents* tangents, const AttentionOutputTangents& out_tangents,
-              int max_panels)
-      : in_(in), out_(out), t_(tangents), out_t_(out_tangents), panels_(max_panels) {
+  // `moves`: with the tangents.
+  ForwardBody(const AttentionProblem& problem, int max_panels, bool moves)
+      : in_(problem.in),
+        out_(problem.out),
+        t_(moves ? &problem.tangents : nullptr),
+        out_t_(problem.moved),
+        panels_(max_panels) {
     logits_move_ = t_ && (t_->tq || t_->tk || t_->tbias);
   }
 
   void place(Arena& arena) {
     const int64_t lanes = int64_t{panels_} * kPanel;
-    q_ = arena.take<T>(in_.D * lanes);
+    q_ = arena.take<E>(in_.D / kPack<E> * lanes);
     for (States<T>& s : states_) {
       s.o = arena.take<T>(in_.Dv * lanes);
       s.m = arena.take<T>(lanes);
@@ -149,13 +207,22 @@ class ForwardBody {
       s.to = t_ ? arena.take<T>(in_.Dv * lanes) : nullptr;
       s.mu = t_ ? arena.take<T>(lanes) : nullptr;
     }
-    tq_ = arena.take<T>(t_ && t_->tq ? in_.D * lanes : 0);
+    tq_ = arena.take<E>(t_ && t_->tq ? in_.D / kPack<E> * lanes : 0);
     ts_ = arena.take<T>(t_ ? kTileKeys * kPanel : 0);
     tbias_ = arena.take<T>(t_ && t_->tbias ? kTileKeys * kPanel : 0);
     s_ = arena.take<T>(kTileKeys * kPanel);
     bias_ = arena.take<T>(in_.bias ? kTileKeys * kPanel : 0);
     top_ = arena.take<T>(kPanel);
     alpha_ = arena.take<T>(kPanel);
+    weights_ = arena.take<E>(kPairs<E> ? kTileKeys / 2 * kPanel : 0);
+    moments_ = arena.take<E>(kPairs<E> && t_ ? kTileKeys / 2 * kPanel : 0);
+    k_.place(arena, in_.k, in_.D);
+    v_.place(arena, in_.v, in_.Dv);
+    if (t_) tk_.place(arena, t_->tk, in_.D);
+    if (t_) tv_.place(arena, t_->tv, in_.Dv);
+    pack_ = arena.take<E>(kGroup * in_.D);
+    o_scratch_ = arena.take<T>(kGroup * in_.Dv);
+    to_scratch_ = arena.take<T>(t_ ? kGroup * in_.Dv : 0);
   }
 
   void run(int64_t b, int64_t h, int64_t q0, int rows, MaskBlock& mask) {
@@ -173,34 +240,31 @@ class ForwardBody {
     now_ = &states_[0];
     total_ = &states_[1];
     first_ = true;
-    touched_ = -1;
+    loaded_ = -1;
     now_->clear(used_, static_cast<int>(in_.Dv));
     h_ = h;
     mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
+    key_end_ = mask.key_end;
     walk(mask, in_.Nk, *this);
     if (first_) chunk_end(true);
     finish(h);
   }
 
   void tile(int p, int64_t k0, const Segment* segments, int count, const uint16_t* words) {
-    const T* k = in_.k.at<T>(b_, hk_, k0);
-    const T* q = q_ + int64_t{p} * in_.D * kPanel;
-    const int depth = static_cast<int>(in_.D);
+    const E* q = q_ + int64_t{p} * depth() * kPanel;
     for (int i = 0; i < kPanel; i += kWidth<T>) store(top_ + i, minus_infinity<T>());
-    // Values are read in columns, of rows far apart: a new tile comes in while its keys are worked
-    // on.
-    if (k0 != touched_) {
-      touched_ = k0;
-      touch_rows(in_.v.at<T>(b_, hk_, k0), in_.v.row, static_cast<int>(in_.Dv),
-                 segments[count - 1].jb);
-    }
+    if (k0 != loaded_) load_tile(k0);
     for (int i = 0; i < count; i++) {
+      const Factor<E> factor{k_.rows.at, k_.rows.ld, q};
+      auto into = [&](const auto& epilogue) __attribute__((always_inline)) {
+        scores_of<1>(&factor, depth(), epilogue, segments[i], product_scale<E>(*logits_));
+      };
       if (!logits_->plain)
-        scores<T>(k, in_.k.row, q, depth, StoreScores<T>{s_}, segments[i]);
+        into(StoreScores<T>{s_});
       else if (segments[i].edge)
-        scores<T>(k, in_.k.row, q, depth, StoreMax<T, true>{s_, top_, words}, segments[i]);
+        into(StoreMax<T, true>{s_, top_, words});
       else
-        scores<T>(k, in_.k.row, q, depth, StoreMax<T, false>{s_, top_, words}, segments[i]);
+        into(StoreMax<T, false>{s_, top_, words});
     }
     const int at = p * kPanel;
     if (logits_move_) move_logits(p, k0, segments, count);
@@ -213,16 +277,19 @@ class ForwardBody {
     if (dropout_->on)
       dropout_->apply(segments, count, q0_ + at, k0, s_, logits_move_ ? ts_ : nullptr);
     const int Dv = static_cast<int>(in_.Dv);
-    const Factor<T> values{in_.v.at<T>(b_, hk_, k0), in_.v.row, s_};
-    weighted_sum<T, 1>(&values, Dv, words, segments, count, now_->o + at * in_.Dv, alpha_);
+    const E* w = weights_of<E>(s_, segments, count, weights_);
+    const Factor<E> values{v_.rows.at, v_.rows.ld, w};
+    weighted_sum<E, 1>(&values, Dv, words, segments, count, now_->o + at * in_.Dv, alpha_,
+                       v_.finite);
     if (!t_) return;
-    const Factor<T> moved[] = {{values.a, values.lda, ts_},
-                               {t_->tv ? t_->tv.at<T>(b_, hk_, k0) : nullptr, t_->tv.row, s_}};
+    const E* moved_w = logits_move_ ? weights_of<E>(ts_, segments, count, moments_) : nullptr;
+    const Factor<E> moved[] = {{v_.rows.at, v_.rows.ld, moved_w}, {tv_.rows.at, tv_.rows.ld, w}};
+    const bool finite = v_.finite && tv_.finite;
     T* to = now_->to + at * in_.Dv;
     if (logits_move_ && t_->tv)
-      weighted_sum<T, 2>(moved, Dv, words, segments, count, to, alpha_);
+      weighted_sum<E, 2>(moved, Dv, words, segments, count, to, alpha_, finite);
     else if (logits_move_ || t_->tv)
-      weighted_sum<T, 1>(moved + (t_->tv ? 1 : 0), Dv, words, segments, count, to, alpha_);
+      weighted_sum<E, 1>(moved + (t_->tv ? 1 : 0), Dv, words, segments, count, to, alpha_, finite);
   }
 
   void chunk_end(bool last) {
@@ -240,10 +307,22 @@ class ForwardBody {
     return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup;
   }
 
-  void pack(const View4& x, int64_t h, T* to) const {
+  int depth() const { return static_cast<int>(in_.D) / kPack<E>; }
+
+  void load_tile(int64_t k0) {
+    loaded_ = k0;
+    const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, key_end_ - k0));
+    k_.load_terms(in_.k, b_, hk_, k0, keys, in_.D);
+    v_.load_values(in_.v, b_, hk_, k0, keys, in_.Dv);
+    if (!t_) return;
+    tk_.load_terms(t_->tk, b_, hk_, k0, keys, in_.D);
+    tv_.load_values(t_->tv, b_, hk_, k0, keys, in_.Dv);
+  }
+
+  void pack(const View4& x, int64_t h, E* to) const {
     for (int g = 0; g * kGroup < rows_; g++)
-      pack_lanes<T>(x.at<T>(b_, h, q0_ + g * kGroup), x.row, static_cast<int>(in_.D),
-                    std::min(kGroup, rows_ - g * kGroup), logits_->q_scale, to + panel(g, in_.D));
+      pack_rows<E>(x, b_, h, q0_ + g * kGroup, std::min(kGroup, rows_ - g * kGroup), in_.D,
+                   logits_->q_scale, pack_, to + panel(g, depth()));
   }
 
   bool options_move() const { return logits_->softcap || t_->tbias; }
@@ -253,14 +332,14 @@ class ForwardBody {
   __attribute__((noinline)) void move_logits(int p, int64_t k0, const Segment* segments,
                                              int count) {
     const int64_t q = q0_ + int64_t{p} * kPanel;
-    const int rows = std::min(kPanel, rows_ - p * kPanel), D = static_cast<int>(in_.D);
-    const Factor<T> x{t_->tq ? in_.k.at<T>(b_, hk_, k0) : nullptr, in_.k.row,
-                      tq_ + int64_t{p} * in_.D * kPanel},
-        y{t_->tk ? t_->tk.at<T>(b_, hk_, k0) : nullptr, t_->tk.row,
-          q_ + int64_t{p} * in_.D * kPanel};
+    const int rows = std::min(kPanel, rows_ - p * kPanel);
+    const int64_t at = int64_t{p} * depth() * kPanel;
+    const Factor<E> x{t_->tq ? k_.rows.at : nullptr, k_.rows.ld, tq_ + at},
+        y{t_->tk ? tk_.rows.at : nullptr, tk_.rows.ld, q_ + at};
     for (int i = 0; i < count; i++) {
       const Segment& g = segments[i];
-      const bool moved = scores_of_both<T>(x, y, D, StoreScores<T>{ts_}, g);
+      const bool moved =
+          scores_of_both<E>(x, y, depth(), StoreScores<T>{ts_}, g, product_scale<E>(*logits_));
       if (t_->tbias) BiasHead<T>(t_->tbias, b_, h_).panel(q, rows, k0, g.ja, g.jb, tbias_);
       if (!options_move()) continue;
       for (int n = g.na * kRegs<T>; n < g.nb * kRegs<T>; n++)
@@ -333,7 +412,7 @@ class ForwardBody {
   }
 
   // tlse = mu with the sink's share, to = sum - mu o
-  void finish_tangents(int g, int rows, const RowEnd<T>& end, T sink) {
+  void finish_tangents(int g, int rows, const RowEnd<T>& end, T sink, const T* o, int64_t ldo) {
     const int at = g * kGroup;
     alignas(64) T mu[kGroup];
     for (int i = 0; i < kGroup; i += kWidth<T>) {
@@ -346,28 +425,32 @@ class ForwardBody {
       }
       store(mu + i, x + zero<T>());
     }
-    RowEnd<T>::put(out_t_.tlse, (b_ * in_.H + h_) * in_.N + q0_ + at, mu, rows);
-    T* to = out_t_.to.at_mut<T>(b_, h_, q0_ + at);
+    RowEnd<T>::put(out_t_.tlse, in_.row_at(b_, h_, q0_ + at), mu, rows);
+    int64_t ld;
+    T* to = rows_to<T>(out_t_.to, b_, h_, q0_ + at, to_scratch_, in_.Dv, &ld);
     unpack_lanes<T>(total_->to + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale, to,
-                    out_t_.to.row);
-    if (!logits_move_ && !t_->tsinks) return;
-    for (int i = 0; i < rows; i++)
-      if (end.o_scale[i] != 0)
-        add_scaled_row<T>(to + i * out_t_.to.row, out_.o.at<T>(b_, h_, q0_ + at + i), in_.Dv,
-                          set1(-mu[i]));
+                    ld);
+    if (logits_move_ || t_->tsinks)
+      for (int i = 0; i < rows; i++)
+        if (end.o_scale[i] != 0) add_scaled_row<T>(to + i * ld, o + i * ldo, in_.Dv, set1(-mu[i]));
+    put_rows<T>(out_t_.to, b_, h_, q0_ + at, rows, to, ld, in_.Dv);
   }
 
   void finish(int64_t h) {
     alignas(64) T sink[kGroup] = {};
     if (in_.sinks)
       for (T& z : sink) z = *in_.sinks.at<T>(0, h);
+    const View4& full = out_.o_full ? out_.o_full : out_.o;
     for (int g = 0; g * kGroup < rows_; g++) {
       const int at = g * kGroup, rows = std::min(kGroup, rows_ - at);
       const RowEnd<T> end(total_->m + at, total_->l + at, total_->e + at, bool(in_.sinks), sink);
-      end.write(out_, (b_ * in_.H + h) * in_.N + q0_ + at, rows);
-      unpack_lanes<T>(total_->o + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale,
-                      out_.o.at_mut<T>(b_, h, q0_ + at), out_.o.row);
-      if (t_) finish_tangents(g, rows, end, sink[0]);
+      end.write(out_, in_.row_at(b_, h, q0_ + at), rows);
+      int64_t ld;
+      T* o = rows_to<T>(full, b_, h, q0_ + at, o_scratch_, in_.Dv, &ld);
+      unpack_lanes<T>(total_->o + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale, o,
+                      ld);
+      put_rows<T>(out_.o, b_, h, q0_ + at, rows, o, ld, in_.Dv);
+      if (t_) finish_tangents(g, rows, end, sink[0], o, ld);
     }
   }
 
@@ -381,9 +464,11 @@ class ForwardBody {
   int panels_, used_ = 0, rows_ = 0;
   int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;
-  int64_t touched_ = -1;
-  T *q_ = nullptr, *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr,
-    *tq_ = nullptr, *ts_ = nullptr, *tbias_ = nullptr;
+  int64_t loaded_ = -1, key_end_ = 0;
+  E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
+  TileRows<E> k_, v_, tk_, tv_;
+  T *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr, *ts_ = nullptr,
+    *tbias_ = nullptr, *o_scratch_ = nullptr, *to_scratch_ = nullptr;
   States<T> states_[2] = {}, *now_ = nullptr, *total_ = nullptr;
 };
 

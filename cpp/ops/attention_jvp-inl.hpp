@@ -5,29 +5,29 @@
 
 #include "simd/begin.hpp"
 
-template <class T>
+template <class E>
 class JvpBody {
+  using T = Acc<E>;
+
  public:
   using Element = T;
-  template <class... Args>
-  static int64_t block_columns(const AttentionInputs& in, const Args&...) {
-    return 2 * in.D + in.Dv;
+  static int64_t block_columns(const AttentionInputs& in, bool) {
+    return 2 * in.D / kPack<E> + in.Dv;
   }
 
-  JvpBody(const AttentionInputs& in, const AttentionSaved& saved, const AttentionTangents& tangents,
-          const AttentionOutputTangents& out, int max_panels)
-      : in_(in),
-        saved_(saved),
-        t_(tangents),
-        out_(out),
-        products_move_(tangents.tq || tangents.tk),
-        logits_move_(products_move_ || tangents.tbias),
+  JvpBody(const AttentionProblem& problem, int max_panels, bool)
+      : in_(problem.in),
+        saved_(problem.saved),
+        t_(problem.tangents),
+        out_(problem.moved),
+        products_move_(t_.tq || t_.tk),
+        logits_move_(products_move_ || t_.tbias),
         panels_(max_panels) {}
 
   void place(Arena& arena) {
     const int64_t lanes = int64_t{panels_} * kPanel;
-    q_ = arena.take<T>(in_.D * lanes);
-    tq_ = arena.take<T>(t_.tq ? in_.D * lanes : 0);
+    q_ = arena.take<E>(depth() * lanes);
+    tq_ = arena.take<E>(t_.tq ? depth() * lanes : 0);
     to_ = arena.take<T>(in_.Dv * lanes);
     m_ = arena.take<T>(lanes);
     log2_l_ = arena.take<T>(lanes);
@@ -37,6 +37,15 @@ class JvpBody {
     bias_ = arena.take<T>(in_.bias ? kTileKeys * kPanel : 0);
     tbias_ = arena.take<T>(t_.tbias ? kTileKeys * kPanel : 0);
     ones_ = arena.take<T>(kPanel);
+    weights_ = arena.take<E>(kPairs<E> ? kTileKeys / 2 * kPanel : 0);
+    moments_ = arena.take<E>(kPairs<E> ? kTileKeys / 2 * kPanel : 0);
+    k_.place(arena, in_.k, in_.D);
+    v_.place(arena, in_.v, in_.Dv);
+    tk_.place(arena, t_.tk, in_.D);
+    tv_.place(arena, t_.tv, in_.Dv);
+    pack_ = arena.take<E>(kGroup * in_.D);
+    to_scratch_ = arena.take<T>(kGroup * in_.Dv);
+    o_scratch_ = arena.take<T>(kGroup * in_.Dv);
   }
 
   void run(int64_t b, int64_t h, int64_t q0, int rows, MaskBlock& mask) {
@@ -51,44 +60,54 @@ class JvpBody {
     dropout_ = &dropout;
     load_queries();
     mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
+    key_end_ = mask.key_end;
     walk(mask, in_.Nk, *this);
     finish();
   }
 
   void tile(int p, int64_t k0, const Segment* segments, int count, const uint16_t* words) {
-    const int at = p * kPanel, D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
-    const T *k = in_.k.at<T>(b_, hk_, k0), *v = in_.v.at<T>(b_, hk_, k0);
-    const T *q = q_ + at * in_.D, *tq = tq_ + at * in_.D;
-    const T* tk = t_.tk ? t_.tk.at<T>(b_, hk_, k0) : nullptr;
-    const T* tv = t_.tv ? t_.tv.at<T>(b_, hk_, k0) : nullptr;
-    if (k0 != touched_) {
-      touched_ = k0;
-      touch_rows(v, in_.v.row, Dv, segments[count - 1].jb);
-      if (tv) touch_rows(tv, t_.tv.row, Dv, segments[count - 1].jb);
-    }
+    const int at = p * kPanel, Dv = static_cast<int>(in_.Dv);
+    if (k0 != loaded_) load_tile(k0);
+    const E *q = q_ + at * depth(), *tq = tq_ + at * depth();
+    const T scale = product_scale<E>(*logits_);
     for (int i = 0; i < count; i++) {
-      scores<T>(k, in_.k.row, q, D, StoreScores<T>{s_}, segments[i]);
-      scores_of_both<T>({t_.tq ? k : nullptr, in_.k.row, tq}, {tk, t_.tk.row, q}, D,
-                        StoreScores<T>{ts_}, segments[i]);
+      const Factor<E> product{k_.rows.at, k_.rows.ld, q};
+      scores_of<1>(&product, depth(), StoreScores<T>{s_}, segments[i], scale);
+      scores_of_both<E>({t_.tq ? k_.rows.at : nullptr, k_.rows.ld, tq},
+                        {t_.tk ? tk_.rows.at : nullptr, tk_.rows.ld, q}, depth(),
+                        StoreScores<T>{ts_}, segments[i], scale);
       load_biases(at, k0, segments[i]);
     }
     auto elements = logits_->plain && !t_.tbias ? elements_panel<true> : elements_panel<false>;
     elements(*this, at, k0, segments, count, words);
     if (dropout_->on) dropout_->apply(segments, count, q0_ + at, k0, s_, ts_);
     T* to = to_ + at * in_.Dv;
-    const Factor<T> moved{v, in_.v.row, ts_}, values{tv, t_.tv.row, s_}, both[] = {moved, values};
-    if (logits_move_ && tv)
-      weighted_sum<T, 2>(both, Dv, words, segments, count, to, ones_);
-    else if (logits_move_ || tv)
-      weighted_sum<T, 1>(tv ? &values : &moved, Dv, words, segments, count, to, ones_);
+    const E* w = t_.tv ? weights_of<E>(s_, segments, count, weights_) : nullptr;
+    const E* moved_w = logits_move_ ? weights_of<E>(ts_, segments, count, moments_) : nullptr;
+    const Factor<E> both[] = {{v_.rows.at, v_.rows.ld, moved_w}, {tv_.rows.at, tv_.rows.ld, w}};
+    const bool finite = v_.finite && tv_.finite;
+    if (logits_move_ && t_.tv)
+      weighted_sum<E, 2>(both, Dv, words, segments, count, to, ones_, finite);
+    else if (logits_move_ || t_.tv)
+      weighted_sum<E, 1>(t_.tv ? both + 1 : both, Dv, words, segments, count, to, ones_, finite);
   }
 
   void chunk_end(bool) {}
 
  private:
+  int depth() const { return static_cast<int>(in_.D) / kPack<E>; }
+
+  void load_tile(int64_t k0) {
+    loaded_ = k0;
+    const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, key_end_ - k0));
+    k_.load_terms(in_.k, b_, hk_, k0, keys, in_.D);
+    v_.load_values(in_.v, b_, hk_, k0, keys, in_.Dv);
+    tk_.load_terms(t_.tk, b_, hk_, k0, keys, in_.D);
+    tv_.load_values(t_.tv, b_, hk_, k0, keys, in_.Dv);
+  }
+
   void load_queries() {
-    const int D = static_cast<int>(in_.D);
-    const int64_t row = (b_ * in_.H + h_) * in_.N + q0_;
+    const int64_t row = in_.row_at(b_, h_, q0_);
     const T *m = static_cast<const T*>(saved_.m) + row,
             *log_l = static_cast<const T*>(saved_.log_l) + row;
     const int used = (rows_ + kPanel - 1) / kPanel * kPanel;
@@ -100,16 +119,14 @@ class JvpBody {
     }
     for (int g = 0; g * kGroup < rows_; g++) {
       const int n = std::min(kGroup, rows_ - g * kGroup);
-      const int64_t at = g / kPanelGroups * in_.D * kPanel + g % kPanelGroups * kGroup;
-      pack_lanes<T>(in_.q.at<T>(b_, h_, q0_ + g * kGroup), in_.q.row, D, n, logits_->q_scale,
-                    q_ + at);
+      const int64_t at = g / kPanelGroups * depth() * kPanel + g % kPanelGroups * kGroup;
+      pack_rows<E>(in_.q, b_, h_, q0_ + g * kGroup, n, in_.D, logits_->q_scale, pack_, q_ + at);
       if (t_.tq)
-        pack_lanes<T>(t_.tq.at<T>(b_, h_, q0_ + g * kGroup), t_.tq.row, D, n, logits_->q_scale,
-                      tq_ + at);
+        pack_rows<E>(t_.tq, b_, h_, q0_ + g * kGroup, n, in_.D, logits_->q_scale, pack_, tq_ + at);
     }
     std::memset(to_, 0, sizeof(T) * static_cast<size_t>(used * in_.Dv));
     for (int i = 0; i < kPanel; i++) ones_[i] = 1;
-    touched_ = -1;
+    loaded_ = -1;
   }
 
   void load_biases(int at, int64_t k0, const Segment& s) {
@@ -201,9 +218,10 @@ class JvpBody {
 
   // tlse = mu with the sink's share, to -= mu o; a row without keys and sink has neither
   void finish() {
-    const int64_t row = (b_ * in_.H + h_) * in_.N + q0_;
+    const int64_t row = in_.row_at(b_, h_, q0_);
     const T* m = static_cast<const T*>(saved_.m) + row;
     T* tlse = static_cast<T*>(out_.tlse) + row;
+    const int Dv = static_cast<int>(in_.Dv);
     if (in_.sinks && t_.tsinks)
       add_sink(*in_.sinks.at<T>(0, h_), static_cast<const T*>(t_.tsinks)[h_]);
     for (int g = 0; g * kGroup < rows_; g++) {
@@ -212,15 +230,17 @@ class JvpBody {
       for (int i = 0; i < kGroup; i++)
         alive[i] = m[at + std::min(i, n - 1)] == -std::numeric_limits<T>::infinity() ? T{0} : T{1};
       const int64_t from = g / kPanelGroups * in_.Dv * kPanel + g % kPanelGroups * kGroup;
-      unpack_lanes<T>(to_ + from, static_cast<int>(in_.Dv), n, alive,
-                      out_.to.at_mut<T>(b_, h_, q0_ + at), out_.to.row);
+      int64_t ld;
+      T* to = rows_to<T>(out_.to, b_, h_, q0_ + at, to_scratch_, in_.Dv, &ld);
+      unpack_lanes<T>(to_ + from, Dv, n, alive, to, ld);
+      const Rows<T> o = read_rows<T>(saved_.o, b_, h_, q0_ + at, n, Dv, o_scratch_);
       for (int i = 0; i < n; i++) {
         const T mu = alive[i] == 0 ? T{0} : mu_[at + i] + T{0};
         tlse[at + i] = mu;
         if (alive[i] != 0 && (logits_move_ || t_.tsinks))
-          add_scaled_row<T>(out_.to.at_mut<T>(b_, h_, q0_ + at + i),
-                            saved_.o.at<T>(b_, h_, q0_ + at + i), in_.Dv, set1(-mu));
+          add_scaled_row<T>(to + i * ld, o.at + i * o.ld, in_.Dv, set1(-mu));
       }
+      put_rows<T>(out_.to, b_, h_, q0_ + at, n, to, ld, in_.Dv);
     }
   }
 
@@ -241,10 +261,12 @@ class JvpBody {
   const Logits<T>* logits_ = nullptr;
   const Dropout<T>* dropout_ = nullptr;
   int panels_, rows_ = 0;
-  int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0, touched_ = -1;
-  T *q_ = nullptr, *tq_ = nullptr, *to_ = nullptr, *m_ = nullptr, *log2_l_ = nullptr,
-    *mu_ = nullptr, *s_ = nullptr, *ts_ = nullptr, *bias_ = nullptr, *tbias_ = nullptr,
-    *ones_ = nullptr;
+  int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0, loaded_ = -1, key_end_ = 0;
+  E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
+  TileRows<E> k_, v_, tk_, tv_;
+  T *to_ = nullptr, *m_ = nullptr, *log2_l_ = nullptr, *mu_ = nullptr, *s_ = nullptr,
+    *ts_ = nullptr, *bias_ = nullptr, *tbias_ = nullptr, *ones_ = nullptr, *to_scratch_ = nullptr,
+    *o_scratch_ = nullptr;
 };
 
 #include "simd/end.hpp"

@@ -4,32 +4,46 @@
 #include <cstring>
 
 #include "ops/dropout-inl.hpp"
+#include "tile/rows-inl.hpp"
 
 #include "simd/begin.hpp"
 
 // One head of the bias or of its tangent, at query 0 and key 0.
 template <class T>
 struct BiasHead {
-  const T* at = nullptr;
-  int64_t row = 0, column = 0;
+  View4 x;
+  int64_t b = 0, h = 0;
 
-  BiasHead(const View4& x, int64_t b, int64_t h)
-      : at(x ? x.at<T>(b, h) : nullptr), row(x.row), column(x.column) {}
-  explicit operator bool() const { return at != nullptr; }
+  BiasHead(const View4& view, int64_t batch, int64_t head) : x(view), b(batch), h(head) {}
+  explicit operator bool() const { return bool(x); }
+
+  // The entry of a query and a key.
+  T operator()(int64_t q, int64_t k) const {
+    const int64_t at = b * x.batch + h * x.head + q * x.row + k * x.column;
+    T value;
+    convert_row<T>(static_cast<const char*>(x.data) + at * bytes_of(x.storage), x.storage, 1,
+                   &value);
+    return value;
+  }
 
   // out[j * kPanel + lane] = entry of query q0 + lane and key k0 + j, for keys [ja, jb) and `rows`
   // lanes (the last repeated)
-  void panel(int64_t q0, int rows, int64_t k0, int ja, int jb, T* out) const {
+  __attribute__((noinline)) void panel(int64_t q0, int rows, int64_t k0, int ja, int jb,
+                                       T* out) const {
+    alignas(64) T scratch[kGroup * kTileKeys];
     for (int g = 0; g * kGroup < rows; g++) {
       const int n = std::min(kGroup, rows - g * kGroup);
-      const T* p = at + (q0 + g * kGroup) * row + (k0 + ja) * column;
+      const int64_t q = q0 + g * kGroup, k = k0 + ja;
       T* to = out + int64_t{ja} * kPanel + g * kGroup;
-      if (column == 1) {
-        pack_lanes<T>(p, row, jb - ja, n, T{1}, to);
+      if (x.column == 1) {
+        View4 here = x;
+        here.data = static_cast<const char*>(x.data) + k * bytes_of(x.storage);
+        const Rows<T> entries = read_rows<T>(here, b, h, q, n, jb - ja, scratch);
+        pack_lanes<T>(entries.at, entries.ld, jb - ja, n, T{1}, to);
       } else {
         for (int j = 0; j < jb - ja; j++)
           for (int i = 0; i < kGroup; i++)
-            to[j * kPanel + i] = p[std::min(i, n - 1) * row + j * column];
+            to[j * kPanel + i] = (*this)(q + std::min(i, n - 1), k + j);
       }
     }
   }
@@ -78,6 +92,12 @@ struct Logits {
   }
 };
 
+// What products of pairs are multiplied by; other products have the scale in their queries.
+template <class E>
+TW_INLINE Acc<E> product_scale(const Logits<Acc<E>>& logits) {
+  return kPairs<E> ? logits.q_scale : Acc<E>{1};
+}
+
 // The lanes' positions among the keys, relative to key k0.
 template <class T>
 TW_INLINE void positions(int64_t first, int count, T* out) {
@@ -118,12 +138,13 @@ struct RowEnd {
   static void put(void* to, int64_t at, const T* from, int rows) {
     if (to) std::memcpy(static_cast<T*>(to) + at, from, sizeof(T) * static_cast<size_t>(rows));
   }
-  void write(const AttentionResults& out, int64_t at, int rows) const {
-    put(out.m, at, m, rows);
-    put(out.log_l, at, log_l, rows);
-    put(out.lse, at, lse, rows);
-    put(out.max_logit, at, max_logit, rows);
-    put(out.entropy, at, entropy, rows);
+  // Rows from `first`, to be written from `at` on.
+  void write(const AttentionResults& out, int64_t at, int rows, int first = 0) const {
+    put(out.m, at, m + first, rows);
+    put(out.log_l, at, log_l + first, rows);
+    put(out.lse, at, lse + first, rows);
+    put(out.max_logit, at, max_logit + first, rows);
+    put(out.entropy, at, entropy + first, rows);
   }
 };
 

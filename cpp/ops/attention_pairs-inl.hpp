@@ -86,50 +86,69 @@ class PairMask {
   alignas(64) uint16_t words_[kGradPanels * kGradKeys * kPanelGroups];
 };
 
-// Weights [key][kGradQueries] and the rows they multiply: of queries in blocks of kGradWidth
-// columns, or of keys.
-template <class T>
+// Weights and the rows they multiply. Numbers: weights [key][kGradQueries], rows of queries in
+// blocks of kGradWidth columns, rows of keys one after another. Pairs E over queries: weights
+// [key][kGradQueries / 2] and blocks of pairs of rows; over keys: weights [key / 2][kGradQueries]
+// and rows [key / 2]. What an odd last query or key is paired with is +0 in both.
+template <class E>
 struct Terms {
   struct Term {
-    const T *weights, *rows;
+    const E *weights, *rows;
   };
   Term of[2];
   int count = 0;
-  void add(const T* weights, const T* rows) {
+  void add(const E* weights, const E* rows) {
     if (weights && rows) of[count++] = {weights, rows};
   }
 };
 
-template <class T>
-TW_INLINE const T* block_row(const T* blocks, int q, int64_t d) {
-  return blocks + d / kGradWidth<T> * kGradQueries * kGradWidth<T> + int64_t{q} * kGradWidth<T> +
-         d % kGradWidth<T>;
+template <class E>
+constexpr int kQueryTerms = kGradQueries / kFold<E>;  // elements in a row of weights over queries
+
+template <class E>
+TW_INLINE const E* block_row(const E* blocks, int q, int64_t d) {
+  return blocks + d / kGradWidth<E> * kQueryTerms<E> * kGradWidth<E> +
+         int64_t{q / kFold<E>} * kGradWidth<E> + d % kGradWidth<E>;
 }
 
-// One row of a sum pair by pair, for tiles where 0 times a masked NaN or infinity would spread it.
-template <class T, class In, class Weight, class Row>
-TW_INLINE void add_seen(int n, const In& in, const Weight& weight, const Row& row, T* c,
+// Elements that hold n terms.
+template <class E>
+constexpr int elements_of(int n) {
+  return (n + kFold<E> - 1) / kFold<E>;
+}
+
+// One row of a sum term by term, for tiles where 0 times a masked NaN or infinity would spread it.
+template <class E, class In, class Weight, class Row>
+TW_INLINE void add_seen(int n, const In& in, const Weight& weight, const Row& row, Acc<E>* c,
                         int64_t columns) {
+  using T = Acc<E>;
   for (int64_t d = 0; d < columns; d += kWidth<T>) {
     Vec<T> acc = zero<T>();
-    for (int i = 0; i < n; i++)
-      if (in(i)) acc = fma(set1(weight(i)), load(row(i, d)), acc);
+    for (int i = 0; i < n; i += kFold<E>) {
+      const bool first = in(i), second = kFold<E> > 1 && i + 1 < n && in(i + 1);
+      if (!first && !second) continue;
+      Vec<E> x = load(row(i, d));
+      if constexpr (kFold<E> > 1)
+        x &= seen_halves(lanes<E>(first ? ~0u : 0), lanes<E>(second ? ~0u : 0));
+      acc = multiply_add(broadcast(weight(i)), x, acc);
+    }
     store(c + d, load(c + d) + acc);
   }
 }
 
 // c[key] += sum over queries of weights times rows; every term is one chain. Ranges that no pair
 // sees are left out.
-template <class T>
-TW_NOINLINE void sum_over_queries(const PairMask& mask, const Terms<T>& terms, bool finite, T* c,
-                                  int64_t ldc) {
+template <class E>
+TW_NOINLINE void sum_over_queries(const PairMask& mask, const Terms<E>& terms, bool finite,
+                                  Acc<E>* c, int64_t ldc) {
+  constexpr int kW = kGradWidth<E>, kTerms = kQueryTerms<E>;
   for (int t = 0; t < terms.count; t++) {
-    const T *weights = terms.of[t].weights, *blocks = terms.of[t].rows;
+    const E *weights = terms.of[t].weights, *blocks = terms.of[t].rows;
     if (!mask.whole && !finite) {
       for (int j = 0; j < mask.keys(); j++)
-        add_seen<T>(
+        add_seen<E>(
             mask.rows(), [&](int q) { return mask.sees(j, q); },
-            [&](int q) { return weights[j * kGradQueries + q]; },
+            [&](int q) { return weights + j * kTerms + q / kFold<E>; },
             [&](int q, int64_t d) { return block_row(blocks, q, d); }, c + j * ldc, ldc);
       continue;
     }
@@ -137,37 +156,40 @@ TW_NOINLINE void sum_over_queries(const PairMask& mask, const Terms<T>& terms, b
       const int rows = std::min(kGradRows, mask.keys() - j);
       int qa, qb;
       mask.queries_of(j, j + rows, &qa, &qb);
-      const T* b = blocks + int64_t{qa} * kGradWidth<T>;
-      for (int64_t d = 0; d < ldc; d += kGradWidth<T>, b += kGradQueries * kGradWidth<T>)
-        add_product<T, false>(rows, static_cast<int>(std::min<int64_t>(kGradWidth<T>, ldc - d)),
-                              weights + j * kGradQueries + qa, kGradQueries, b, kGradWidth<T>,
-                              qb - qa, c + j * ldc + d, ldc);
+      const E* b = blocks + int64_t{qa / kFold<E>} * kW;
+      for (int64_t d = 0; d < ldc; d += kW, b += kTerms * kW)
+        add_product<E, false>(rows, static_cast<int>(std::min<int64_t>(kW, ldc - d)),
+                              weights + j * kTerms + qa / kFold<E>, kTerms, b, kW,
+                              elements_of<E>(qb - qa), c + j * ldc + d, ldc);
     }
   }
 }
 
 // c[query] += sum over keys of weights times rows, which are `ld` apart like those of c.
-template <class T>
-TW_NOINLINE void sum_over_keys(const PairMask& mask, const Terms<T>& terms, bool finite, T* c,
+template <class E>
+TW_NOINLINE void sum_over_keys(const PairMask& mask, const Terms<E>& terms, bool finite, Acc<E>* c,
                                int64_t ld) {
+  constexpr int kW = kGradWidth<E>;
   for (int t = 0; t < terms.count; t++) {
-    const T *weights = terms.of[t].weights, *rows = terms.of[t].rows;
+    const E *weights = terms.of[t].weights, *rows = terms.of[t].rows;
     if (!mask.whole && !finite) {
       for (int q = 0; q < mask.rows(); q++)
-        add_seen<T>(
+        add_seen<E>(
             mask.keys(), [&](int j) { return mask.sees(j, q); },
-            [&](int j) { return weights[j * kGradQueries + q]; },
-            [&](int j, int64_t d) { return rows + j * ld + d; }, c + q * ld, ld);
+            [&](int j) { return weights + j / kFold<E> * kGradQueries + q; },
+            [&](int j, int64_t d) { return rows + j / kFold<E> * ld + d; }, c + q * ld, ld);
       continue;
     }
-    for (int64_t d = 0; d < ld; d += kGradWidth<T>)
+    for (int64_t d = 0; d < ld; d += kW)
       for (int q = 0; q < mask.rows(); q += kGradRows) {
         const int count = std::min(kGradRows, mask.rows() - q);
         int ja, jb;
         mask.keys_of(q, q + count, &ja, &jb);
-        add_product<T, true>(count, static_cast<int>(std::min<int64_t>(kGradWidth<T>, ld - d)),
-                             weights + ja * kGradQueries + q, kGradQueries, rows + ja * ld + d, ld,
-                             jb - ja, c + q * ld + d, ld);
+        const int first = ja / kFold<E>;
+        add_product<E, true>(count, static_cast<int>(std::min<int64_t>(kW, ld - d)),
+                             weights + first * kGradQueries + q, kGradQueries,
+                             rows + first * ld + d, ld, elements_of<E>(jb - ja), c + q * ld + d,
+                             ld);
       }
   }
 }

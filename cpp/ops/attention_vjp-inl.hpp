@@ -67,36 +67,41 @@ struct StoreRaw {
 };
 
 // A query tile: packed rows, row statistics, masking, and dq as it grows.
-template <class T>
+template <class E>
 struct QueryTile {
+  using T = Acc<E>;
   MaskBlock mask;
   int64_t q0;
   int rows;
   bool finite;
-  // [panel][column][kPanel], q scaled for the logits
-  T *q_lanes, *do_lanes, *tq_lanes, *tdo_lanes;
-  // blocks of kGradWidth columns, q scaled for dk
-  T *q_rows, *do_rows, *tq_rows, *tdo_rows;
+  // [panel][column][kPanel]; numbers of q scaled for the logits
+  E *q_lanes, *do_lanes, *tq_lanes, *tdo_lanes;
+  // blocks of kGradWidth columns; numbers of q scaled for dk. Or pairs of neighbouring rows.
+  E *q_rows, *do_rows, *tq_rows, *tdo_rows;
   T *dq, *m, *log2_l, *delta, *mu, *tdelta, *dbias;
 };
 
-template <class T>
+// E is what the products take, T what they are summed in.
+template <class E>
 class VjpBody {
+  using T = Acc<E>;
+  static constexpr int kP = kPack<E>;
+
  public:
-  VjpBody(const AttentionInputs& in, const AttentionSaved& saved, const AttentionCotangents& ct,
-          const AttentionSecond* second, const AttentionGradients& grads, VjpSchedule& schedule)
-      : in_(in),
-        saved_(saved),
-        ct_(ct),
-        second_(second),
-        t_(second ? second->inputs : kNoTangents),
-        grads_(grads),
+  // `moves`: the JVP of the VJP.
+  VjpBody(const AttentionProblem& problem, bool moves, VjpSchedule& schedule)
+      : in_(problem.in),
+        saved_(problem.saved),
+        ct_(problem.cotangents),
+        second_(moves ? &problem.second : nullptr),
+        t_(moves ? problem.second.inputs : kNoTangents),
+        grads_(problem.gradients),
         schedule_(schedule),
         products_move_(t_.tq || t_.tk),
         logits_move_(products_move_ || t_.tbias || t_.tsinks),
-        logits_wanted_(grads.dq || grads.dk || grads.dbias),
-        dp_(padded(in.D)),
-        dvp_(padded(in.Dv)) {}
+        logits_wanted_(grads_.dq || grads_.dk || grads_.dbias),
+        dp_(padded(in_.D)),
+        dvp_(padded(in_.Dv)) {}
 
   void place(Arena& arena) {
     const int64_t queries =
@@ -104,49 +109,58 @@ class VjpBody {
     const int64_t keys =
         std::min<int64_t>(kGradChunk, (in_.Nk + kGradKeys - 1) / kGradKeys * kGradKeys);
     const bool tdo = second_ && second_->tdo;
-    tiles_ = arena.take<QueryTile<T>>(queries / kGradQueries);
+    constexpr int64_t kLanes = kGradQueries / kP, kPairsOfTiles = kGradKeys * kGradQueries;
+    tiles_ = arena.take<QueryTile<E>>(queries / kGradQueries);
     for (int64_t t = 0; t < queries / kGradQueries; t++) {
-      QueryTile<T> unplaced, &tile = tiles_ ? tiles_[t] : unplaced;
-      tile.q_lanes = arena.take<T>(kGradQueries * in_.D);
-      tile.do_lanes = arena.take<T>(kGradQueries * in_.Dv);
-      tile.q_rows = arena.take<T>(kGradQueries * (dp_ + kGradWidth<T>));
-      tile.do_rows = arena.take<T>(kGradQueries * (dvp_ + kGradWidth<T>));
-      tile.tq_lanes = arena.take<T>(t_.tq ? kGradQueries * in_.D : 0);
-      tile.tq_rows = arena.take<T>(t_.tq ? kGradQueries * (dp_ + kGradWidth<T>) : 0);
-      tile.tdo_lanes = arena.take<T>(tdo ? kGradQueries * in_.Dv : 0);
-      tile.tdo_rows = arena.take<T>(tdo ? kGradQueries * (dvp_ + kGradWidth<T>) : 0);
+      QueryTile<E> unplaced, &tile = tiles_ ? tiles_[t] : unplaced;
+      tile.q_lanes = arena.take<E>(kLanes * in_.D);
+      tile.do_lanes = arena.take<E>(kLanes * in_.Dv);
+      tile.q_rows = arena.take<E>(kLanes * (dp_ + kGradWidth<T>));
+      tile.do_rows = arena.take<E>(kLanes * (dvp_ + kGradWidth<T>));
+      tile.tq_lanes = arena.take<E>(t_.tq ? kLanes * in_.D : 0);
+      tile.tq_rows = arena.take<E>(t_.tq ? kLanes * (dp_ + kGradWidth<T>) : 0);
+      tile.tdo_lanes = arena.take<E>(tdo ? kLanes * in_.Dv : 0);
+      tile.tdo_rows = arena.take<E>(tdo ? kLanes * (dvp_ + kGradWidth<T>) : 0);
       tile.dq = arena.take<T>(kGradQueries * dp_);
       for (T** row : {&tile.m, &tile.log2_l, &tile.delta, &tile.mu, &tile.tdelta, &tile.dbias})
         *row = arena.take<T>(kGradQueries);
     }
-    k_ = arena.take<T>(keys * dp_);
-    v_ = arena.take<T>(keys * dvp_);
-    tk_ = arena.take<T>(t_.tk ? keys * dp_ : 0);
-    tv_ = arena.take<T>(t_.tv ? keys * dvp_ : 0);
+    k_ = arena.take<E>(keys / kP * dp_);
+    v_ = arena.take<E>(keys / kP * dvp_);
+    tk_ = arena.take<E>(t_.tk ? keys / kP * dp_ : 0);
+    tv_ = arena.take<E>(t_.tv ? keys / kP * dvp_ : 0);
+    k_pairs_ = arena.take<E>(kPairs<E> ? keys / kP * dp_ : 0);
+    tk_pairs_ = arena.take<E>(kPairs<E> && t_.tk ? keys / kP * dp_ : 0);
     dk_ = arena.take<T>(keys * dp_);
     dv_ = arena.take<T>(keys * dvp_);
     dbias_keys_ = arena.take<T>(keys);
-    constexpr int64_t kPairs = kGradKeys * kGradQueries;
-    p_ = arena.take<T>(kPairs);
-    ds_ = arena.take<T>(kPairs);
-    tp_ = arena.take<T>(second_ ? kPairs : 0);
-    tds_ = arena.take<T>(second_ ? kPairs : 0);
-    tanh_ = arena.take<T>(in_.softcap > 0 ? kPairs : 0);
-    ttanh_ = arena.take<T>(in_.softcap > 0 && second_ ? kPairs : 0);
+    p_ = arena.take<T>(kPairsOfTiles);
+    ds_ = arena.take<T>(kPairsOfTiles);
+    tp_ = arena.take<T>(second_ ? kPairsOfTiles : 0);
+    tds_ = arena.take<T>(second_ ? kPairsOfTiles : 0);
+    for (E** x : {&p_queries_, &ds_queries_, &ds_keys_})
+      *x = arena.take<E>(kPairs<E> ? kPairsOfTiles / kP : 0);
+    for (E** x : {&tp_queries_, &tds_queries_, &tds_keys_})
+      *x = arena.take<E>(kPairs<E> && second_ ? kPairsOfTiles / kP : 0);
+    tanh_ = arena.take<T>(in_.softcap > 0 ? kPairsOfTiles : 0);
+    ttanh_ = arena.take<T>(in_.softcap > 0 && second_ ? kPairsOfTiles : 0);
     bias_ = arena.take<T>(in_.bias ? kGradKeys * kPanel : 0);
     tbias_ = arena.take<T>(t_.tbias ? kGradKeys * kPanel : 0);
     factors_ = arena.take<T>(in_.dropout.on ? kGradKeys * kPanel : 0);
+    halves_ = arena.take<E>(kGradQueries * std::max(dp_, dvp_));
+    rows_ = arena.take<T>(kGroup * in_.Dv);
+    more_columns_ = arena.take<T>(kPairs<E> ? in_.Dv * kPanel : 0);
     columns_ = arena.take<T>(in_.Dv * kPanel);
   }
 
-  // One query chunk of one head against all keys. Steps of a unit: batches, then query heads of its
-  // KV heads, then chunks.
-  void run(int64_t unit, int64_t step) {
+  // One query chunk of one head of batch b against all keys. Steps of a unit: batches, then query
+  // heads of its KV heads, then chunks.
+  void run(int64_t unit, int64_t step, int64_t b) {
     const int64_t group = in_.H / in_.Hk, units_across = in_.Hk / schedule_.unit_groups;
     const int64_t heads = schedule_.unit_groups * group;
     const int64_t chunk = step % schedule_.query_chunks,
                   head = step / schedule_.query_chunks % heads;
-    b_ = unit / units_across * schedule_.unit_batches + step / (schedule_.query_chunks * heads);
+    b_ = b;
     h_ = unit % units_across * heads + head;
     hk_ = h_ / group;
     const Logits<T> logits(in_, b_, h_);
@@ -161,27 +175,24 @@ class VjpBody {
       begin = std::min(begin, tiles_[count_].mask.key_begin);
       end = std::max(end, tiles_[count_].mask.key_end);
     }
-    const bool first = head % group == 0 && chunk == 0;  // of this KV head's steps
-    for (int64_t c = 0; c < schedule_.key_chunks; c++) key_chunk(unit, step, c, begin, end, first);
+    first_ = head % group == 0 && chunk == 0;  // of this KV head's steps
+    last_ = head % group == group - 1 && chunk == schedule_.query_chunks - 1;
+    for (int64_t c = 0; c < schedule_.key_chunks; c++) key_chunk(unit, step, c, begin, end);
     if (grads_.dq)
       for (int t = 0; t < count_; t++) store_queries(tiles_[t]);
   }
 
-  // -sum over batches and queries of p_sink delta, or its tangent: batches in order, queries in 16
-  // lanes
-  void sink_gradient(int64_t h) {
+  // -sum over batches and queries of p_sink delta, or its tangent, after `total`: batches in order,
+  // queries in 16 lanes
+  T sink_gradient(int64_t h, T total) {
     const T z = *in_.sinks.at<T>(0, h) * static_cast<T>(kLog2e);
     const T tz = t_.tsinks ? static_cast<const T*>(t_.tsinks)[h] : T{0};
-    T total = 0;
-    if (z == -std::numeric_limits<T>::infinity()) {
-      static_cast<T*>(grads_.dsinks)[h] = 0;
-      return;
-    }
+    if (z == -std::numeric_limits<T>::infinity()) return 0;
     h_ = h;
     hk_ = h / (in_.H / in_.Hk);
     const Logits<T> logits(in_, 0, h);
     logits_ = &logits;
-    QueryTile<T>& t = tiles_[0];
+    QueryTile<E>& t = tiles_[0];
     for (b_ = 0; b_ < in_.B; b_++) {
       Vec<T> sum[kRegs<T>] = {};
       for (int64_t q = 0; q < in_.N; q += kGroup) {
@@ -201,7 +212,7 @@ class VjpBody {
       }
       for (int i = 0; i < kGroup; i++) total += sum[i / kWidth<T>][i % kWidth<T>];
     }
-    static_cast<T*>(grads_.dsinks)[h] = total + T{0};
+    return total;
   }
 
  private:
@@ -209,18 +220,17 @@ class VjpBody {
 
   static int64_t padded(int64_t columns) { return (columns + kGroup - 1) / kGroup * kGroup; }
 
-  int64_t row_index(int64_t q) const { return (b_ * in_.H + h_) * in_.N + q; }
+  int64_t row_index(int64_t q) const { return in_.row_at(b_, h_, q); }
 
-  void load_queries(QueryTile<T>& t, int64_t q0, int rows) {
+  void load_queries(QueryTile<E>& t, int64_t q0, int rows) {
     t.q0 = q0;
     t.rows = rows;
     t.mask.load(in_.mask, b_, h_, q0, rows, in_.N, in_.Nk);
     const View4 tdo = second_ ? second_->tdo : View4{};
-    t.finite = finite(in_.q, in_.D, t) && finite(ct_.d_o, in_.Dv, t) && finite(t_.tq, in_.D, t) &&
-               finite(tdo, in_.Dv, t);
+    t.finite = true;
     for (int g = 0; g * kGroup < rows; g++) {
       const int n = std::min(kGroup, rows - g * kGroup);
-      const int64_t at = lanes_at(g, in_.D);
+      const int64_t at = lanes_at(g, in_.D / kP);
       pack(in_.q, in_.D, q0 + g * kGroup, n, logits_->q_scale, t.q_lanes + at);
       if (t_.tq) pack(t_.tq, in_.D, q0 + g * kGroup, n, logits_->q_scale, t.tq_lanes + at);
       pack_values(t, g, n);
@@ -238,36 +248,40 @@ class VjpBody {
   static int64_t lanes_at(int g, int64_t columns) {
     return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup;
   }
-  bool finite(const View4& x, int64_t columns, const QueryTile<T>& t) const {
-    return !x || all_finite<T>(x.at<T>(b_, h_, t.q0), x.row, static_cast<int>(columns), t.rows);
+  void pack(const View4& x, int64_t columns, int64_t q, int n, T mul, E* to) const {
+    pack_rows<E>(x, b_, h_, q, n, columns, mul, halves_, to);
   }
-  void pack(const View4& x, int64_t columns, int64_t q, int n, T mul, T* to) const {
-    pack_lanes<T>(x.at<T>(b_, h_, q), x.row, static_cast<int>(columns), n, mul, to);
-  }
-  void blocks(const View4& x, int64_t columns, const QueryTile<T>& t, T mul, T* to) const {
-    pack_blocks<T, kGradWidth<T>>(x.at<T>(b_, h_, t.q0), x.row, static_cast<int>(columns), t.rows,
-                                  mul, to, kGradQueries);
+  void blocks(const View4& x, int64_t columns, QueryTile<E>& t, T mul, E* to) const {
+    const int n = static_cast<int>(columns);
+    const Rows<E> rows = read_rows<E>(x, b_, h_, t.q0, t.rows, n / kP, halves_);
+    if constexpr (kPairs<E>) {
+      const Bf16* from = reinterpret_cast<const Bf16*>(rows.at);
+      t.finite &= all_finite(from, 2 * rows.ld, n, t.rows);
+      interleave_blocks<kGradWidth<T>>(from, 2 * rows.ld, n, t.rows, to, kGradQueries / 2);
+    } else {
+      t.finite &= all_finite<T>(rows.at, rows.ld, n, t.rows);
+      pack_blocks<T, kGradWidth<T>>(rows.at, rows.ld, n, t.rows, mul, to, kGradQueries);
+    }
   }
 
   // do and its tangent of group g, in lanes
-  void pack_values(QueryTile<T>& t, int g, int n) const {
-    const int64_t q = t.q0 + g * kGroup, at = lanes_at(g, in_.Dv);
+  void pack_values(QueryTile<E>& t, int g, int n) const {
+    const int64_t q = t.q0 + g * kGroup, at = lanes_at(g, in_.Dv / kP);
     pack(ct_.d_o, in_.Dv, q, n, T{1}, t.do_lanes + at);
     if (second_ && second_->tdo) pack(second_->tdo, in_.Dv, q, n, T{1}, t.tdo_lanes + at);
   }
 
   // m, log2 l and delta = rowsum(do o) - dlse of group g; also mu = tlse and
   // tdelta = rowsum(tdo o + do to) - tdlse
-  void row_terms(QueryTile<T>& t, int g, int n) {
-    const int64_t q = t.q0 + g * kGroup, at = row_index(q), lane = lanes_at(g, in_.Dv);
+  void row_terms(QueryTile<E>& t, int g, int n) {
+    const int64_t q = t.q0 + g * kGroup, at = row_index(q), lane = lanes_at(g, in_.Dv / kP);
     auto row = [&](const void* x, int i) { return static_cast<const T*>(x)[at + i]; };
     alignas(64) T d[kGroup], td[kGroup] = {}, more[kGroup];
-    row_dots(t.do_lanes + lane, saved_.o.at<T>(b_, h_, q), saved_.o.row, n, d);
+    row_dots(ct_.d_o, t.do_lanes + lane, saved_.o, q, n, d);
     if (second_) {
-      const View4& to = second_->outputs.to;
-      row_dots(t.do_lanes + lane, to.at<T>(b_, h_, q), to.row, n, td);
+      row_dots(ct_.d_o, t.do_lanes + lane, second_->outputs.to, q, n, td);
       if (second_->tdo) {
-        row_dots(t.tdo_lanes + lane, saved_.o.at<T>(b_, h_, q), saved_.o.row, n, more);
+        row_dots(second_->tdo, t.tdo_lanes + lane, saved_.o, q, n, more);
         for (int i = 0; i < kGroup; i++) td[i] += more[i];
       }
     }
@@ -283,28 +297,36 @@ class VjpBody {
     }
   }
 
-  // out[lane] = sum over columns of lanes times rows, one chain. A zero of the rows takes no part:
-  // a masked row's cotangent may be NaN.
-  void row_dots(const T* lanes, const T* rows, int64_t ld, int n, T* out) {
-    T* t = columns_;
-    pack_lanes<T>(rows, ld, static_cast<int>(in_.Dv), n, T{1}, t);
+  // out[lane] = sum over columns of x times y, one chain; `lanes` holds the rows of x where they
+  // are numbers. A zero of y takes no part: a masked row's cotangent may be NaN.
+  void row_dots(const View4& x, const E* lanes, const View4& y, int64_t q, int n, T* out) {
+    const T* a = numbers(x, lanes, q, n);
+    pack_rows<T>(y, b_, h_, q, n, in_.Dv, T{1}, rows_, columns_);
     for (int v = 0; v < kGroup; v += kWidth<T>) {
       Vec<T> s = zero<T>();
       for (int64_t d = 0; d < in_.Dv; d++) {
-        const Vec<T> o = load(t + d * kPanel + v);
-        s = select(equal(o, zero<T>()), s, fma(load(lanes + d * kPanel + v), o, s));
+        const Vec<T> o = load(columns_ + d * kPanel + v);
+        s = select(equal(o, zero<T>()), s, fma(load(a + d * kPanel + v), o, s));
       }
       store(out + v, s);
     }
   }
+  const T* numbers(const View4& x, const E* lanes, int64_t q, int n) {
+    if constexpr (kPairs<E>) {
+      pack_rows<T>(x, b_, h_, q, n, in_.Dv, T{1}, rows_, more_columns_);
+      return more_columns_;
+    } else {
+      return lanes;
+    }
+  }
 
-  void store_queries(QueryTile<T>& t) {
+  void store_queries(QueryTile<E>& t) {
     const T scale = static_cast<T>(in_.softmax_scale);
     for (int r = 0; r < t.rows; r++) {
-      T* to = grads_.dq.at_mut<T>(b_, h_, t.q0 + r);
       T* row = t.dq + r * dp_;
-      for (int64_t d = 0; d < dp_; d += kWidth<T>) store(row + d, load(row + d) * set1(scale));
-      add_row<T>(to, row, in_.D, true);
+      for (int64_t d = 0; d < dp_; d += kWidth<T>)
+        store(row + d, load(row + d) * set1(scale) + zero<T>());
+      put_row<T>(grads_.dq, b_, h_, t.q0 + r, row, in_.D);
     }
   }
 
@@ -316,13 +338,13 @@ class VjpBody {
 
   // Keys [k0, k1) against all query tiles; dk and dv of the chunk grow here and are added in the
   // order of the steps.
-  void key_chunk(int64_t unit, int64_t step, int64_t c, int64_t begin, int64_t end, bool first) {
+  void key_chunk(int64_t unit, int64_t step, int64_t c, int64_t begin, int64_t end) {
     const int64_t k0 = c * kGradChunk, k1 = std::min(in_.Nk, k0 + kGradChunk);
     loaded_ = 0;
     if (std::max(begin, k0) < std::min(end, k1)) {
       if (schedule_.bias_shared) schedule_.wait(unit, c, step);
       for (int i = 0; i < count_; i++) {
-        QueryTile<T>& t = tiles_[i];
+        QueryTile<E>& t = tiles_[i];
         const int64_t from = std::max(k0, t.mask.key_begin / kGradKeys * kGradKeys),
                       to = std::min(k1, t.mask.key_end);
         for (int64_t k = from; k < to; k += kGradKeys)
@@ -330,32 +352,44 @@ class VjpBody {
       }
     }
     schedule_.wait(unit, c, step);
-    if (first || loaded_) add_keys(k0, k1, first);
+    if (first_ || last_ || loaded_) add_keys(k0, k1);
     if (schedule_.bias == BiasGradient::kOverKeys && c + 1 == schedule_.key_chunks) add_bias_rows();
     schedule_.pass(unit, c, step);
   }
 
   // dk and dv of the chunk: the first step of a KV head sets them, later ones add
-  void add_keys(int64_t k0, int64_t k1, bool first) {
+  void add_keys(int64_t k0, int64_t k1) {
     const bool over_queries =
         schedule_.bias == BiasGradient::kOverQueries || schedule_.bias == BiasGradient::kOverBoth;
+    const T scale = kPairs<E> ? static_cast<T>(in_.softmax_scale) : T{1};
     for (int64_t k = k0; k < k1; k++) {
       const bool seen = loaded_ >> ((k - k0) / kGradKeys) & 1;
-      if (!seen && !first) continue;
-      add_key(grads_.dk, k, seen ? dk_ + (k - k0) * dp_ : nullptr, in_.D, first);
-      add_key(grads_.dv, k, seen ? dv_ + (k - k0) * dvp_ : nullptr, in_.Dv, first);
+      T* dk = seen ? dk_ + (k - k0) * dp_ : nullptr;
+      if (seen && kPairs<E>)
+        for (int64_t d = 0; d < dp_; d += kWidth<T>) store(dk + d, load(dk + d) * set1(scale));
+      add_key(grads_.dk, grads_.dk_sum, k, dk, in_.D);
+      add_key(grads_.dv, grads_.dv_sum, k, seen ? dv_ + (k - k0) * dvp_ : nullptr, in_.Dv);
       if (seen && over_queries)
         grads_.dbias.at_mut<T>(b_, h_)[k * grads_.dbias.column] += dbias_keys_[k - k0];
     }
   }
 
-  void add_key(const View4& to, int64_t k, const T* from, int64_t columns, bool first) const {
+  // `sum` holds the gradient in T until the last step, where `to` holds another type.
+  void add_key(const View4& to, const View4& sum, int64_t k, const T* from, int64_t columns) const {
     if (!to) return;
-    T* row = to.at_mut<T>(b_, hk_, k);
-    if (from)
-      add_row<T>(row, from, columns, first);
-    else
+    const bool here = in_place<T>(to);
+    T* row = here ? to.at_mut<T>(b_, hk_, k) : sum ? sum.at_mut<T>(b_, hk_, k) : nullptr;
+    if (row && from)
+      add_row<T>(row, from, columns, first_);
+    else if (row && first_)
       std::memset(row, 0, sizeof(T) * static_cast<size_t>(columns));
+    if (here || !last_) return;
+    const T* whole = row ? row : from;
+    char* bytes = const_cast<char*>(row_bytes(to, b_, hk_, k));
+    if (whole)
+      put_row<T>(to, b_, hk_, k, whole, columns);
+    else
+      std::memset(bytes, 0, static_cast<size_t>(columns * bytes_of(to.storage)));
   }
 
   // Packs a key tile when the chunk's first pair of it is seen, and clears its gradients.
@@ -364,24 +398,40 @@ class VjpBody {
     if (loaded_ >> tile & 1) return;
     loaded_ |= 1u << tile;
     keys_finite_[tile] = true;
-    copy_keys(in_.k, in_.D, dp_, k0, keys, k_ + row * dp_, tile);
-    copy_keys(in_.v, in_.Dv, dvp_, k0, keys, v_ + row * dvp_, tile);
-    if (t_.tk) copy_keys(t_.tk, in_.D, dp_, k0, keys, tk_ + row * dp_, tile);
-    if (t_.tv) copy_keys(t_.tv, in_.Dv, dvp_, k0, keys, tv_ + row * dvp_, tile);
+    const int64_t in_k = row / kP * dp_, in_v = row / kP * dvp_;
+    copy_keys(in_.k, in_.D, dp_, k0, keys, k_ + in_k, k_pairs_ + in_k, tile);
+    copy_keys(in_.v, in_.Dv, dvp_, k0, keys, v_ + in_v, nullptr, tile);
+    if (t_.tk) copy_keys(t_.tk, in_.D, dp_, k0, keys, tk_ + in_k, tk_pairs_ + in_k, tile);
+    if (t_.tv) copy_keys(t_.tv, in_.Dv, dvp_, k0, keys, tv_ + in_v, nullptr, tile);
     std::memset(dk_ + row * dp_, 0, sizeof(T) * static_cast<size_t>(keys * dp_));
     std::memset(dv_ + row * dvp_, 0, sizeof(T) * static_cast<size_t>(keys * dvp_));
     std::memset(dbias_keys_ + row, 0, sizeof(T) * static_cast<size_t>(keys));
   }
 
-  void copy_keys(const View4& x, int64_t columns, int64_t ld, int64_t k0, int keys, T* to,
+  // Rows of `ld` numbers, zeros after the first `columns`; `pairs` of neighbouring rows where the
+  // products take them.
+  void copy_keys(const View4& x, int64_t columns, int64_t ld, int64_t k0, int keys, E* to, E* pairs,
                  int tile) {
-    for (int r = 0; r < keys; r++)
-      copy_row<T>(x.at<T>(b_, hk_, k0 + r), columns, ld, splat<T>(1), to + r * ld);
-    keys_finite_[tile] &= all_finite<T>(to, ld, static_cast<int>(ld), keys);
+    const int n = static_cast<int>(columns);
+    const Rows<E> rows = read_rows<E>(x, b_, hk_, k0, keys, n / kP, halves_);
+    if constexpr (kPairs<E>) {
+      for (int r = 0; r < keys; r++) {
+        E* row = to + r * (ld / 2);
+        std::memcpy(row, rows.at + r * rows.ld, sizeof(E) * static_cast<size_t>(n / 2));
+        std::memset(row + n / 2, 0, sizeof(E) * static_cast<size_t>(ld / 2 - n / 2));
+      }
+      const Bf16* from = reinterpret_cast<const Bf16*>(rows.at);
+      if (pairs) interleave_rows(from, 2 * rows.ld, keys, n, pairs, ld);
+      keys_finite_[tile] &= all_finite(from, 2 * rows.ld, n, keys);
+    } else {
+      for (int r = 0; r < keys; r++)
+        copy_row<T>(rows.at + r * rows.ld, columns, ld, splat<T>(1), to + r * ld);
+      keys_finite_[tile] &= all_finite<T>(to, ld, static_cast<int>(ld), keys);
+    }
   }
 
   // Keys [k0, k0 + keys), which stand at `row` of the chunk.
-  void pair_of_tiles(QueryTile<T>& t, int64_t k0, int keys, int64_t row) {
+  void pair_of_tiles(QueryTile<E>& t, int64_t k0, int keys, int64_t row) {
     if (!mask_.load(t.mask, t.rows, k0, keys)) return;
     load_keys(k0, keys, row);
     for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, row);
@@ -391,31 +441,70 @@ class VjpBody {
   }
 
   // dv += p' do, dk += ds' q, dq += ds k; of the JVP, the tangents of these products
-  void add_products(QueryTile<T>& t, int64_t row) {
+  void add_products(QueryTile<E>& t, int64_t row) {
     const bool finite = keys_finite_[row / kGradKeys] && t.finite;
-    Terms<T> dv, dk, dq;
-    if (second_) {
-      if (logits_move_) dv.add(tp_, t.do_rows);
-      dv.add(p_, second_->tdo ? t.tdo_rows : nullptr);
-      dk.add(tds_, t.q_rows);
-      dk.add(ds_, t_.tq ? t.tq_rows : nullptr);
-      dq.add(tds_, k_ + row * dp_);
-      dq.add(ds_, t_.tk ? tk_ + row * dp_ : nullptr);
-    } else {
-      dv.add(p_, t.do_rows);
-      dk.add(ds_, t.q_rows);
-      dq.add(ds_, k_ + row * dp_);
+    const bool tdo = second_ && second_->tdo;
+    const E *k = keys_of(k_, k_pairs_, row), *tk = t_.tk ? keys_of(tk_, tk_pairs_, row) : nullptr;
+    Terms<E> dv, dk, dq;
+    if (grads_.dv) {
+      if (second_ && logits_move_) dv.add(of_queries(tp_, tp_queries_), t.do_rows);
+      if (!second_ || tdo) dv.add(of_queries(p_, p_queries_), second_ ? t.tdo_rows : t.do_rows);
+      sum_over_queries<E>(mask_, dv, finite, dv_ + row * dvp_, dvp_);
     }
-    if (grads_.dv) sum_over_queries<T>(mask_, dv, finite, dv_ + row * dvp_, dvp_);
-    if (grads_.dk) sum_over_queries<T>(mask_, dk, finite, dk_ + row * dp_, dp_);
-    if (grads_.dq) sum_over_keys<T>(mask_, dq, finite, t.dq, dp_);
+    if (grads_.dk) {
+      if (second_) dk.add(of_queries(tds_, tds_queries_), t.q_rows);
+      if (!second_ || t_.tq) dk.add(of_queries(ds_, ds_queries_), second_ ? t.tq_rows : t.q_rows);
+      sum_over_queries<E>(mask_, dk, finite, dk_ + row * dp_, dp_);
+    }
+    if (grads_.dq) {
+      if (second_) dq.add(of_keys(tds_, tds_keys_), k);
+      if (!second_ || tk) dq.add(of_keys(ds_, ds_keys_), second_ ? tk : k);
+      sum_over_keys<E>(mask_, dq, finite, t.dq, dp_);
+    }
+  }
+
+  // A tile's rows for the sums over keys.
+  const E* keys_of(const E* rows, const E* pairs, int64_t row) const {
+    return kPairs<E> ? pairs + row / kP * dp_ : rows + row * dp_;
+  }
+  // Weights [key][query] as sums over queries and over keys take them: in pairs of neighbours, with
+  // zeros for what is not there.
+  const E* of_queries(const T* weights, E* pairs) const {
+    if constexpr (!kPairs<E>)
+      return weights;
+    else {
+      for (int j = 0; j < mask_.keys(); j++)
+        for (int q = 0; q < mask_.groups() * kGroup; q += 2 * kGroup) {
+          const T* at = weights + j * kGradQueries + q;
+          const bool both = q + kGroup < mask_.groups() * kGroup;
+          store_row_pairs(pairs + (j * kGradQueries + q) / 2, load(at),
+                          both ? load(at + kGroup) : zero<T>());
+        }
+      return pairs;
+    }
+  }
+  const E* of_keys(const T* weights, E* pairs) const {
+    if constexpr (!kPairs<E>)
+      return weights;
+    else {
+      for (int j = 0; j < mask_.keys(); j += 2)
+        for (int q = 0; q < mask_.groups() * kGroup; q += kWidth<T>) {
+          const T* at = weights + j * kGradQueries + q;
+          const bool both = j + 1 < mask_.keys();
+          store_pairs(pairs + j / 2 * kGradQueries + q, load(at),
+                      both ? load(at + kGradQueries) : zero<T>());
+        }
+      return pairs;
+    }
   }
 
   // p and ds of one panel, zero where nothing is seen; of the JVP their tangents too
-  void panel(QueryTile<T>& t, int p, int64_t k0, int64_t row) {
-    const int at = p * kPanel, D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
-    const T *k = k_ + row * dp_, *v = v_ + row * dvp_;
-    const T *q = t.q_lanes + int64_t{at} * D, *d_o = t.do_lanes + int64_t{at} * Dv;
+  void panel(QueryTile<E>& t, int p, int64_t k0, int64_t row) {
+    const int at = p * kPanel, D = static_cast<int>(in_.D) / kP, Dv = static_cast<int>(in_.Dv) / kP;
+    const int64_t ld = dp_ / kP, ldv = dvp_ / kP;
+    const E *k = k_ + row * ld, *v = v_ + row * ldv;
+    const E *q = t.q_lanes + int64_t{at} * D, *d_o = t.do_lanes + int64_t{at} * Dv;
+    const T scale = product_scale<E>(*logits_);
     T *prob = p_ + at, *ds = ds_ + at;
     if (!mask_.whole) clear_panel(at);
     for (int i = 0; i < mask_.counts[p]; i++) {
@@ -427,15 +516,15 @@ class VjpBody {
           plain_segment<false>(t, p, k, v, s);
         continue;
       }
-      scores<T>(k, dp_, q, D, StoreRaw<T>{prob}, s);
-      if (logits_wanted_) scores<T>(v, dvp_, d_o, Dv, StoreRaw<T>{ds}, s);
+      scores<E>(k, ld, q, D, StoreRaw<T>{prob}, s, scale);
+      if (logits_wanted_) scores<E>(v, ldv, d_o, Dv, StoreRaw<T>{ds}, s);
       if (second_) {
-        scores_of_both<T>({t_.tq ? k : nullptr, dp_, t.tq_lanes + int64_t{at} * D},
-                          {t_.tk ? tk_ + row * dp_ : nullptr, dp_, q}, D, StoreRaw<T>{tds_ + at},
-                          s);
+        scores_of_both<E>({t_.tq ? k : nullptr, ld, t.tq_lanes + int64_t{at} * D},
+                          {t_.tk ? tk_ + row * ld : nullptr, ld, q}, D, StoreRaw<T>{tds_ + at}, s,
+                          scale);
         if (logits_wanted_)
-          scores_of_both<T>({second_->tdo ? v : nullptr, dvp_, t.tdo_lanes + int64_t{at} * Dv},
-                            {t_.tv ? tv_ + row * dvp_ : nullptr, dvp_, d_o}, Dv,
+          scores_of_both<E>({second_->tdo ? v : nullptr, ldv, t.tdo_lanes + int64_t{at} * Dv},
+                            {t_.tv ? tv_ + row * ldv : nullptr, ldv, d_o}, Dv,
                             StoreRaw<T>{tp_ + at}, s);
       }
       const int64_t q0 = t.q0 + at;
@@ -453,14 +542,15 @@ class VjpBody {
   }
 
   template <bool EDGE>
-  void plain_segment(QueryTile<T>& t, int p, const T* k, const T* v, const Segment& s) {
-    const int at = p * kPanel, D = static_cast<int>(in_.D), Dv = static_cast<int>(in_.Dv);
+  void plain_segment(QueryTile<E>& t, int p, const E* k, const E* v, const Segment& s) {
+    const int at = p * kPanel, D = static_cast<int>(in_.D) / kP, Dv = static_cast<int>(in_.Dv) / kP;
     T *prob = p_ + at, *ds = ds_ + at;
     const uint16_t* words = mask_.words(p);
-    scores<T>(k, dp_, t.q_lanes + int64_t{at} * D, D,
-              StoreWeights<T, EDGE>{prob, t.m + at, t.log2_l + at, words}, s);
+    scores<E>(k, dp_ / kP, t.q_lanes + int64_t{at} * D, D,
+              StoreWeights<T, EDGE>{prob, t.m + at, t.log2_l + at, words}, s,
+              product_scale<E>(*logits_));
     if (logits_wanted_)
-      scores<T>(v, dvp_, t.do_lanes + int64_t{at} * Dv, Dv,
+      scores<E>(v, dvp_ / kP, t.do_lanes + int64_t{at} * Dv, Dv,
                 StoreGradient<T, EDGE>{ds, prob, t.delta + at, words}, s);
   }
 
@@ -474,7 +564,7 @@ class VjpBody {
   struct Lane {
     int at;  // in a row of kGradQueries
     Vec<T> m, l, delta, position;
-    Lane(const VjpBody& body, const QueryTile<T>& t, int p, int64_t k0, int n)
+    Lane(const VjpBody& body, const QueryTile<E>& t, int p, int64_t k0, int n)
         : at(p * kPanel + n * kWidth<T>),
           m(load(t.m + at)),
           l(load(t.log2_l + at)),
@@ -491,7 +581,7 @@ class VjpBody {
                    lane.l);
   }
 
-  __attribute__((noinline)) void elements(QueryTile<T>& t, int p, int64_t k0, const Segment& s,
+  __attribute__((noinline)) void elements(QueryTile<E>& t, int p, int64_t k0, const Segment& s,
                                           int n) {
     const Lane lane(*this, t, p, k0, n);
     const uint16_t* words = mask_.words(p);
@@ -518,7 +608,7 @@ class VjpBody {
   }
 
   // In: raw products s, dp, their tangents in tds and tp. Out: p and tp with dropout, ds, tds.
-  __attribute__((noinline)) void second_elements(QueryTile<T>& t, int p, int64_t k0,
+  __attribute__((noinline)) void second_elements(QueryTile<E>& t, int p, int64_t k0,
                                                  const Segment& s, int n) {
     const Lane lane(*this, t, p, k0, n);
     const Vec<T> mu = load(t.mu + lane.at), tdelta = load(t.tdelta + lane.at);
@@ -575,7 +665,7 @@ class VjpBody {
       }
   }
 
-  void add_bias(QueryTile<T>& t, int64_t k0, int keys, int64_t row) {
+  void add_bias(QueryTile<E>& t, int64_t k0, int keys, int64_t row) {
     const View4& to = grads_.dbias;
     const T* ds = second_ ? tds_ : ds_;
     if (schedule_.bias == BiasGradient::kFull) {
@@ -611,13 +701,17 @@ class VjpBody {
   const Dropout<T>* dropout_ = nullptr;
   int64_t dp_, dvp_, b_ = 0, h_ = 0, hk_ = 0;
   int count_ = 0;
-  uint32_t loaded_ = 0;  // key tiles of the chunk that some query sees
+  bool first_ = false, last_ = false;  // of the steps of a KV head
+  uint32_t loaded_ = 0;                // key tiles of the chunk that some query sees
   bool keys_finite_[kGradChunk / kGradKeys] = {};
-  QueryTile<T>* tiles_ = nullptr;
-  T *k_ = nullptr, *v_ = nullptr, *tk_ = nullptr, *tv_ = nullptr, *dk_ = nullptr, *dv_ = nullptr,
-    *dbias_keys_ = nullptr, *p_ = nullptr, *ds_ = nullptr, *tp_ = nullptr, *tds_ = nullptr,
-    *tanh_ = nullptr, *ttanh_ = nullptr, *bias_ = nullptr, *tbias_ = nullptr, *factors_ = nullptr,
-    *columns_ = nullptr;
+  QueryTile<E>* tiles_ = nullptr;
+  E *k_ = nullptr, *v_ = nullptr, *tk_ = nullptr, *tv_ = nullptr, *k_pairs_ = nullptr,
+    *tk_pairs_ = nullptr, *p_queries_ = nullptr, *ds_queries_ = nullptr, *ds_keys_ = nullptr,
+    *tp_queries_ = nullptr, *tds_queries_ = nullptr, *tds_keys_ = nullptr, *halves_ = nullptr;
+  T *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr, *p_ = nullptr, *ds_ = nullptr,
+    *tp_ = nullptr, *tds_ = nullptr, *tanh_ = nullptr, *ttanh_ = nullptr, *bias_ = nullptr,
+    *tbias_ = nullptr, *factors_ = nullptr, *columns_ = nullptr, *more_columns_ = nullptr,
+    *rows_ = nullptr;
   PairMask mask_;
 };
 

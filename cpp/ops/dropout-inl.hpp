@@ -70,7 +70,7 @@ class Dropout {
         seed_(in.dropout.seed),
         threshold_(in.dropout.threshold),
         head_(static_cast<uint32_t>(h)),
-        batch_(static_cast<uint32_t>(b)),
+        batch_(static_cast<uint32_t>(in.first_batch + b)),
         offset_(in.Nk - in.N),
         kept_(static_cast<T>(in.dropout.kept)) {}
 

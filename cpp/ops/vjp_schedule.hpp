@@ -26,7 +26,7 @@ class VjpSchedule {
   const int64_t units, steps, key_chunks;
   BiasGradient bias = BiasGradient::kNone;
   bool bias_shared = false;  // several heads or batches add to one dbias
-  int64_t unit_batches = 1, unit_groups = 1, query_chunks = 1;
+  int64_t unit_groups = 1, query_chunks = 1;
 
   // Neighbouring tasks belong to different units where there are several. False when all are taken.
   bool take(int64_t* unit, int64_t* step) {

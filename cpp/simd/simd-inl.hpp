@@ -6,10 +6,13 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+
+#include "runtime/float16.hpp"
 
 #define TW_INLINE static inline __attribute__((always_inline))
 #define TW_MEMBER inline __attribute__((always_inline))
@@ -17,6 +20,10 @@
 #define TW_UNROLL _Pragma("GCC unroll 32")
 
 #include "simd/begin.hpp"
+
+#if defined(TILEWISE_TARGET_AVX512BF16)
+#define TW_HAS_PAIRS
+#endif
 
 constexpr int kGroup = 16;
 
@@ -49,6 +56,12 @@ struct Types<double> {
   using Int = int64_t;
   static constexpr int kMantissa = 52;
 };
+#if defined(TW_HAS_PAIRS)
+template <>
+struct Types<Bf16x2> {
+  using V = VecI;
+};
+#endif
 template <class T>
 using Vec = typename Types<T>::V;
 template <class T>
@@ -58,6 +71,12 @@ template <class T>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kRegs = kGroup / kWidth<T>;
+
+// Elements E of products: what their sums are kept in, and how many terms of a sum one holds.
+template <class E>
+using Acc = std::conditional_t<std::is_same_v<E, Bf16x2>, float, E>;
+template <class E>
+constexpr int kFold = std::is_same_v<E, Bf16x2> ? 2 : 1;
 
 #if defined(TILEWISE_TARGET_AVX512)
 template <class T>
@@ -282,6 +301,74 @@ TW_INLINE VecD ldexp_cut(VecD p, VecD, VecD bits, VecD x, double cut) {
 }
 #endif
 
+// --- Multiply-adds of product elements: c + a b -------
+
+template <class V>
+TW_INLINE V multiply_add(V a, V b, V c) {
+  return fma(a, b, c);
+}
+template <class M, class V>
+TW_INLINE V multiply_add_where(M m, V a, V b, V c) {
+  return fma_where(m, a, b, c);
+}
+template <class E>
+TW_INLINE Vec<E> broadcast(const E* p) {
+  return set1(*p);
+}
+
+#if defined(TW_HAS_PAIRS)
+TW_INLINE VecI load(const Bf16x2* p) {
+  return (VecI)_mm512_loadu_si512(p);
+}
+TW_INLINE void store(Bf16x2* p, VecI x) {
+  _mm512_storeu_si512(p, (__m512i)x);
+}
+TW_INLINE VecI set1(Bf16x2 x) {
+  return (VecI)_mm512_set1_epi32(std::bit_cast<int32_t>(x));
+}
+template <>
+TW_MEMBER VecI broadcast(const Bf16x2* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (VecI)_mm512_set1_epi32(bits);
+}
+// Subnormals, of a, b and the sum, count as zero.
+TW_INLINE VecF multiply_add(VecI a, VecI b, VecF c) {
+  return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+// GCC's masked intrinsic keeps eight of the sixteen mask bits.
+TW_INLINE VecF multiply_add_where(__mmask16 m, VecI a, VecI b, VecF c) {
+  asm("vdpbf16ps %2, %1, %0%{%3%}" : "+v"(c) : "v"(a), "v"(b), "Yk"(m));
+  return c;
+}
+// lo and hi side by side; subnormals become zero, as the products would take them.
+TW_INLINE __m512i round_pair(VecF lo, VecF hi) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);
+}
+// Lane i holds first[i] and second[i].
+TW_INLINE void store_pairs(Bf16x2* to, VecF first, VecF second) {
+  const __m512i order = _mm512_add_epi32(
+      _mm512_set1_epi32(0x00100000),
+      _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+  store(to, (VecI)_mm512_permutexvar_epi16(order, round_pair(first, second)));
+}
+// 32 numbers of a row, in their order.
+TW_INLINE void store_row_pairs(Bf16x2* to, VecF lo, VecF hi) {
+  store(to, (VecI)round_pair(lo, hi));
+}
+TW_INLINE void store_row_pairs(Bf16* to, VecF lo, VecF hi) {
+  _mm512_storeu_si512(to, round_pair(lo, hi));
+}
+// Which bits of the pairs stay: of a half that is not seen only the sign, so that its products with
+// +0 are the zeros they would be for a finite number.
+TW_INLINE VecI seen_halves(__mmask16 first, __mmask16 second) {
+  const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80008000)),
+                both = _mm512_mask_or_epi32(sign, first, sign, _mm512_set1_epi32(0x7fff));
+  return (VecI)_mm512_mask_or_epi32(both, second, both, _mm512_set1_epi32(0x7fff0000));
+}
+#endif
+
 // A load that stays in a register: folded into each multiply-add that uses it, it would be done
 // again and again.
 template <class T>
@@ -291,6 +378,100 @@ TW_INLINE Vec<T> load_once(const T* p) {
   asm("" : "+v"(x));
 #endif
   return x;
+}
+
+// --- 16-bit storage: kWidth<float> numbers at once, or a row -------
+
+TW_INLINE VecF widen(const Bf16* p) {
+#if defined(TILEWISE_TARGET_AVX512)
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+#elif defined(TILEWISE_TARGET_AVX2)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+#else
+  VecI x;
+  for (int i = 0; i < kWidth<float>; i++) x[i] = std::bit_cast<int32_t>(to_float(p[i]));
+  return (VecF)x;
+#endif
+}
+TW_INLINE VecF widen(const F16* p) {
+#if defined(TILEWISE_TARGET_AVX512)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(TILEWISE_TARGET_AVX2)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecI x;
+  for (int i = 0; i < kWidth<float>; i++) x[i] = std::bit_cast<int32_t>(to_float(p[i]));
+  return (VecF)x;
+#endif
+}
+// The instruction for this takes subnormals as zero.
+TW_INLINE void narrow(Bf16* p, VecF x) {
+#if defined(TILEWISE_TARGET_AVX512) || defined(TILEWISE_TARGET_AVX2)
+  typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
+  const VecU u = (VecU)x;
+  const VecU y =
+      (VecU)select(unordered(x), (VecF)(u | 0x400000), (VecF)(u + 0x7fff + (u >> 16 & 1))) >> 16;
+#if defined(TILEWISE_TARGET_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)y));
+#else
+  const __m256i z = _mm256_packus_epi32((__m256i)y, (__m256i)y);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(z, 8)));
+#endif
+#else
+  for (int i = 0; i < kWidth<float>; i++) from_float(x[i], p + i);
+#endif
+}
+TW_INLINE void narrow(F16* p, VecF x) {
+#if defined(TILEWISE_TARGET_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(TILEWISE_TARGET_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kWidth<float>; i++) from_float(x[i], p + i);
+#endif
+}
+
+// The last register of a row overlaps the one before it.
+template <class X>
+TW_INLINE void widen_row(const X* from, int n, float* to) {
+  constexpr int kW = kWidth<float>;
+  for (int i = 0; i < n && n < kW; i++) to[i] = to_float(from[i]);
+  for (int i = 0; i < n && n >= kW; i += kW) {
+    const int at = std::min(i, n - kW);
+    store(to + at, widen(from + at));
+  }
+}
+template <class X>
+TW_INLINE void narrow_row(const float* from, int n, X* to) {
+  constexpr int kW = kWidth<float>;
+  for (int i = 0; i < n && n < kW; i++) from_float(from[i], to + i);
+  for (int i = 0; i < n && n >= kW; i += kW) {
+    const int at = std::min(i, n - kW);
+    narrow(to + at, load(from + at));
+  }
+}
+
+// Numbers of any storage as they are computed with.
+template <class X>
+using Wide = std::conditional_t<sizeof(X) == 2, float, X>;
+template <class X>
+TW_INLINE Vec<Wide<X>> load_wide(const X* p) {
+  if constexpr (sizeof(X) == 2)
+    return widen(p);
+  else
+    return load(p);
+}
+template <class X>
+TW_INLINE Wide<X> wide(X x) {
+  if constexpr (sizeof(X) == 2)
+    return to_float(x);
+  else
+    return x;
 }
 
 template <class T>
@@ -326,9 +507,10 @@ TW_INLINE void transpose4(VecF* r) {
   r[3] = (VecF)_mm256_unpackhi_pd(b, d);
 #endif
 }
-TW_INLINE VecF gather_rows4(const float* p, int64_t ld, int i, int last) {
+template <class X>
+TW_INLINE VecF gather_rows4(const X* p, int64_t ld, int i, int last) {
   auto row = [&](int r) __attribute__((always_inline)) {
-    return _mm_loadu_ps(p + (r < last ? r : last) * ld);
+    return _mm_loadu_ps(reinterpret_cast<const float*>(p + (r < last ? r : last) * ld));
   };
 #if defined(TILEWISE_TARGET_AVX512)
   __m512 x = _mm512_castps128_ps512(row(i));
@@ -354,6 +536,15 @@ TW_INLINE void load_columns4(const float* p, int64_t ld, int last, VecF* out) {
   TW_UNROLL for (int i = 0; i < 4; i++) out[i] = gather_rows4(p, ld, i, last);
   transpose4(out);
 }
+#if defined(TW_HAS_PAIRS)
+// Four pairs of columns, moved and never computed with.
+TW_INLINE void load_columns4(const Bf16* p, int64_t ld, int last, VecI* out) {
+  VecF t[4];
+  TW_UNROLL for (int i = 0; i < 4; i++) t[i] = gather_rows4(p, ld, i, last);
+  transpose4(t);
+  TW_UNROLL for (int i = 0; i < 4; i++) out[i] = (VecI)t[i];
+}
+#endif
 TW_INLINE void store_columns4(float* p, int64_t ld, int last, VecF* x) {
   transpose4(x);
   TW_UNROLL for (int i = 0; i < 4; i++) scatter_rows4(p, ld, i, last, x[i]);

@@ -5,7 +5,7 @@
 
 namespace tilewise {
 
-enum class Target { kAvx512, kAvx2, kPortable };
+enum class Target { kAvx512Bf16, kAvx512, kAvx2, kPortable };
 
 std::vector<std::string> available_targets();  // best first
 Target active_target();  // throws std::invalid_argument where TILEWISE_TARGET names none of them

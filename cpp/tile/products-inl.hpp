@@ -1,6 +1,7 @@
 // Products of tiles. Every element is made of chains of fused multiply-adds in ascending order,
 // begun at zero, so block sizes, register counts and vector widths never reach the bits.
-// Micro-kernels are leaves: accumulators never live across a call.
+// Micro-kernels are leaves: accumulators never live across a call. An element E is a number or a
+// pair of terms; depths and strides count elements, sums are Acc<E>.
 #pragma once
 #include "math/softmax_state-inl.hpp"
 #include "tile/pack-inl.hpp"
@@ -37,146 +38,190 @@ TW_INLINE Lanes<T> edge_lanes(const uint16_t* words, int j, int n) {
 // register).put(j, value); with two factors the sum goes on over the second ---------
 
 // `a` is the tile's first key, `b` the panel.
-template <class T>
+template <class E>
 struct Factor {
-  const T* a;
+  const E* a;
   int64_t lda;
-  const T* b;
+  const E* b;
 };
 
-template <class T, int MR, int NR, int COUNT, class Epilogue>
-TW_INLINE void scores_block(const Factor<T>* factors, int depth, const Epilogue& epilogue, int j,
-                            int n0) {
+template <class E, int MR, int NR, int COUNT, class Epilogue>
+TW_INLINE void scores_block(const Factor<E>* factors, int depth, const Epilogue& epilogue,
+                            Acc<E> scale, int j, int n0) {
+  using T = Acc<E>;
   Vec<T> acc[MR][NR];
   TW_UNROLL for (int i = 0; i < MR; i++) TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] =
       zero<T>();
   for (int f = 0; f < COUNT; f++) {
     const int64_t lda = factors[f].lda;
-    const T *a = factors[f].a + j * lda, *b = factors[f].b + n0 * kWidth<T>;
+    const E *a = factors[f].a + j * lda, *b = factors[f].b + n0 * kWidth<E>;
     for (int d = 0; d < depth; d++, b += kPanel) {
-      Vec<T> x[NR];
-      TW_UNROLL for (int n = 0; n < NR; n++) x[n] = load_once(b + n * kWidth<T>);
+      Vec<E> x[NR];
+      TW_UNROLL for (int n = 0; n < NR; n++) x[n] = load_once(b + n * kWidth<E>);
       TW_UNROLL for (int i = 0; i < MR; i++) {
-        const Vec<T> y = set1(a[i * lda + d]);
-        TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] = fma(y, x[n], acc[i][n]);
+        const Vec<E> y = broadcast(a + i * lda + d);
+        TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] = multiply_add(y, x[n], acc[i][n]);
       }
     }
   }
   TW_UNROLL for (int n = 0; n < NR; n++) {
     typename Epilogue::Column column(epilogue, n0 + n);
-    TW_UNROLL for (int i = 0; i < MR; i++) column.put(j + i, acc[i][n]);
+    TW_UNROLL for (int i = 0; i < MR; i++) {
+      if constexpr (kFold<E> > 1) acc[i][n] *= set1(scale);
+      column.put(j + i, acc[i][n]);
+    }
     column.finish();
   }
 }
 
-template <class T, int NR, int COUNT, class Epilogue>
-TW_NOINLINE void scores_columns(const Factor<T>* factors, int depth, const Epilogue& epilogue,
-                                int ja, int jb, int n0) {
+template <class E, int NR, int COUNT, class Epilogue>
+TW_NOINLINE void scores_columns(const Factor<E>* factors, int depth, const Epilogue& epilogue,
+                                Acc<E> scale, int ja, int jb, int n0) {
   constexpr int MR = NR == 1 ? 2 * kRowBlock : kRowBlock;
   int j = ja;
-  for (; j + MR <= jb; j += MR) scores_block<T, MR, NR, COUNT>(factors, depth, epilogue, j, n0);
+  auto block = [&](auto rows) __attribute__((always_inline)) {
+    scores_block<E, rows(), NR, COUNT>(factors, depth, epilogue, scale, j, n0);
+    j += rows();
+  };
+  while (j + MR <= jb) block(std::integral_constant<int, MR>{});
   if constexpr (MR > 8)
-    if (j + 8 <= jb) scores_block<T, 8, NR, COUNT>(factors, depth, epilogue, j, n0), j += 8;
+    if (j + 8 <= jb) block(std::integral_constant<int, 8>{});
   if constexpr (MR > 4)
-    if (j + 4 <= jb) scores_block<T, 4, NR, COUNT>(factors, depth, epilogue, j, n0), j += 4;
-  if (j + 2 <= jb) scores_block<T, 2, NR, COUNT>(factors, depth, epilogue, j, n0), j += 2;
-  if (j < jb) scores_block<T, 1, NR, COUNT>(factors, depth, epilogue, j, n0);
+    if (j + 4 <= jb) block(std::integral_constant<int, 4>{});
+  if (j + 2 <= jb) block(std::integral_constant<int, 2>{});
+  if (j < jb) block(std::integral_constant<int, 1>{});
 }
 
-// One segment.
-template <int COUNT, class T, class Epilogue>
-TW_INLINE void scores_of(const Factor<T>* factors, int depth, const Epilogue& epilogue,
-                         const Segment& s) {
-  const int end = s.nb * kRegs<T>;
-  for (int n = s.na * kRegs<T>; n < end;) {
+// One segment. The sums of pairs are multiplied by `scale`; of numbers it is a factor of B already.
+template <int COUNT, class E, class Epilogue>
+TW_INLINE void scores_of(const Factor<E>* factors, int depth, const Epilogue& epilogue,
+                         const Segment& s, Acc<E> scale = 1) {
+  const int end = s.nb * kRegs<E>;
+  for (int n = s.na * kRegs<E>; n < end;) {
     const int left = end - n;
     if (left >= 3 && left != 4) {
-      scores_columns<T, 3, COUNT>(factors, depth, epilogue, s.ja, s.jb, n), n += 3;
+      scores_columns<E, 3, COUNT>(factors, depth, epilogue, scale, s.ja, s.jb, n), n += 3;
     } else if (left >= 2) {
-      scores_columns<T, 2, COUNT>(factors, depth, epilogue, s.ja, s.jb, n), n += 2;
+      scores_columns<E, 2, COUNT>(factors, depth, epilogue, scale, s.ja, s.jb, n), n += 2;
     } else {
-      scores_columns<T, 1, COUNT>(factors, depth, epilogue, s.ja, s.jb, n), n += 1;
+      scores_columns<E, 1, COUNT>(factors, depth, epilogue, scale, s.ja, s.jb, n), n += 1;
     }
   }
 }
 
-template <class T, class Epilogue>
-TW_INLINE void scores(const T* a, int64_t lda, const T* b, int depth, const Epilogue& epilogue,
-                      const Segment& s) {
-  const Factor<T> factor{a, lda, b};
-  scores_of<1>(&factor, depth, epilogue, s);
+template <class E, class Epilogue>
+TW_INLINE void scores(const E* a, int64_t lda, const E* b, int depth, const Epilogue& epilogue,
+                      const Segment& s, Acc<E> scale = 1) {
+  const Factor<E> factor{a, lda, b};
+  scores_of<1>(&factor, depth, epilogue, s, scale);
 }
 
 // The sum of those of two factors that are there (a null `a` is none). False where neither is.
-template <class T, class Epilogue>
-TW_INLINE bool scores_of_both(Factor<T> x, Factor<T> y, int depth, const Epilogue& epilogue,
-                              const Segment& s) {
-  const Factor<T> both[] = {x.a ? x : y, y};
+template <class E, class Epilogue>
+TW_INLINE bool scores_of_both(Factor<E> x, Factor<E> y, int depth, const Epilogue& epilogue,
+                              const Segment& s, Acc<E> scale = 1) {
+  const Factor<E> both[] = {x.a ? x : y, y};
   if (x.a && y.a)
-    scores_of<2>(both, depth, epilogue, s);
+    scores_of<2>(both, depth, epilogue, s, scale);
   else if (x.a || y.a)
-    scores_of<1>(both, depth, epilogue, s);
+    scores_of<1>(both, depth, epilogue, s, scale);
   return x.a || y.a;
 }
 
 // --- Weighted sum: C[d][lane] = C alpha + sum_j A[j][d] B[j][lane]; with two factors the sum goes
-// on over the second ---------
+// on over the second. Rows of A and B are elements: with pairs, those of keys 2j and 2j + 1. Hidden
+// weights are +0 -------
 
 // Keys of one chain. delta = rowsum(do o) inherits the error of o, and dq that of delta times the
 // mean key: chains of 64 keys halve the error of o and dq on real heads against chains of 256,
 // for 1.5 % of the time.
 constexpr int kChainKeys = 64;
 
-template <class T, int MR, int NA, int NB, bool EDGE>
-TW_INLINE void weighted_run(Vec<T> (&acc)[MR][kVecBlock], const T* v, int64_t ldv, const T* p,
+// What a lane leaves out of a run of keys: nothing, elements it sees no key of, or of the others
+// also the values of the hidden key, which may not be finite.
+enum class Hidden { kNothing, kElements, kHalves };
+
+template <class E, int MR, int NA, int NB, Hidden HIDDEN>
+TW_INLINE void weighted_run(Vec<Acc<E>> (&acc)[MR][kVecBlock], const E* v, int64_t ldv, const E* p,
                             const uint16_t* words, int ja, int jb, int n0) {
-  v += ja * ldv;
-  p += int64_t{ja} * kPanel;
-  for (int j = ja; j < jb; j++, v += ldv, p += kPanel) {
-    Vec<T> x[kVecBlock];
-    TW_UNROLL for (int n = NA; n < NB; n++) x[n] = load_once(p + n * kWidth<T>);
-    if constexpr (EDGE) {
-      Lanes<T> m[kVecBlock];
-      TW_UNROLL for (int n = NA; n < NB; n++) m[n] = edge_lanes<T>(words, j, n0 + n);
+  constexpr int kKeys = kFold<E>;
+  v += ja / kKeys * ldv;
+  p += int64_t{ja / kKeys} * kPanel;
+  for (int j = ja; j < jb; j += kKeys, v += ldv, p += kPanel) {
+    Vec<E> x[kVecBlock];
+    TW_UNROLL for (int n = NA; n < NB; n++) x[n] = load_once(p + n * kWidth<E>);
+    if constexpr (HIDDEN != Hidden::kNothing) {
+      Lanes<E> m[kVecBlock];
+      [[maybe_unused]] Vec<E> seen[kVecBlock];
+      TW_UNROLL for (int n = NA; n < NB; n++) {
+        m[n] = edge_lanes<E>(words, j, n0 + n);
+        if constexpr (kKeys == 2) {
+          const Lanes<E> second = j + 1 < jb ? edge_lanes<E>(words, j + 1, n0 + n) : Lanes<E>{};
+          if constexpr (HIDDEN == Hidden::kHalves) seen[n] = seen_halves(m[n], second);
+          m[n] |= second;
+        }
+      }
       TW_UNROLL for (int i = 0; i < MR; i++) {
-        const Vec<T> y = set1(v[i]);
-        TW_UNROLL for (int n = NA; n < NB; n++) acc[i][n] = fma_where(m[n], y, x[n], acc[i][n]);
+        const Vec<E> y = broadcast(v + i);
+        TW_UNROLL for (int n = NA; n < NB; n++) {
+          if constexpr (HIDDEN == Hidden::kHalves)
+            acc[i][n] = multiply_add_where(m[n], y & seen[n], x[n], acc[i][n]);
+          else
+            acc[i][n] = multiply_add_where(m[n], y, x[n], acc[i][n]);
+        }
       }
     } else {
       TW_UNROLL for (int i = 0; i < MR; i++) {
-        const Vec<T> y = set1(v[i]);
-        TW_UNROLL for (int n = NA; n < NB; n++) acc[i][n] = fma(y, x[n], acc[i][n]);
+        const Vec<E> y = broadcast(v + i);
+        TW_UNROLL for (int n = NA; n < NB; n++) acc[i][n] = multiply_add(y, x[n], acc[i][n]);
       }
     }
   }
 }
 
+// The tile's segments; `finite`: no hidden value is NaN or infinite, which matters to pairs.
+struct Run {
+  const uint16_t* words;
+  const Segment* segments;
+  int count;
+  bool finite;
+};
+
 // Keys [begin, begin + kChainKeys) of the tile; the first such run rescales C even where it sees
 // nothing. Columns from d, registers from n0.
-template <class T, int MR, int COUNT>
-TW_INLINE void weighted_chain(const Factor<T>* factors, const uint16_t* words,
-                              const Segment* segments, int count, int begin, int d, T* c,
-                              const T* alpha, int n0) {
+template <class E, int MR, int COUNT>
+TW_INLINE void weighted_chain(const Factor<E>* factors, const Run& run, int begin, int d, Acc<E>* c,
+                              const Acc<E>* alpha, int n0) {
+  using T = Acc<E>;
   Vec<T> acc[MR][kVecBlock];
   TW_UNROLL for (int i = 0; i < MR; i++) TW_UNROLL for (int n = 0; n < kVecBlock; n++) acc[i][n] =
       zero<T>();
   bool some = begin == 0;
   for (int f = 0; f < COUNT; f++) {
     const int64_t ldv = factors[f].lda;
-    const T *v = factors[f].a + d, *p = factors[f].b + n0 * kWidth<T>;
-    for (int k = 0; k < count; k++) {
-      const Segment& s = segments[k];
-      const int na = std::max(s.na * kRegs<T> - n0, 0),
-                nb = std::min(s.nb * kRegs<T> - n0, kVecBlock);
+    const E *v = factors[f].a + d, *p = factors[f].b + n0 * kWidth<E>;
+    for (int k = 0; k < run.count; k++) {
+      const Segment& s = run.segments[k];
+      const int na = std::max(s.na * kRegs<E> - n0, 0),
+                nb = std::min(s.nb * kRegs<E> - n0, kVecBlock);
       const int ja = std::max(s.ja, begin), jb = std::min(s.jb, begin + kChainKeys);
       if (na >= nb || ja >= jb) continue;
       some = true;
-#define TW_RUN(A, B)                                                       \
-  case A * 4 + B:                                                          \
-    if (s.edge)                                                            \
-      weighted_run<T, MR, A, B, true>(acc, v, ldv, p, words, ja, jb, n0);  \
-    else                                                                   \
-      weighted_run<T, MR, A, B, false>(acc, v, ldv, p, words, ja, jb, n0); \
+      auto go = [&](auto a, auto b) __attribute__((always_inline)) {
+        if (!s.edge) {
+          weighted_run<E, MR, a(), b(), Hidden::kNothing>(acc, v, ldv, p, run.words, ja, jb, n0);
+          return;
+        }
+        if constexpr (kFold<E> > 1)
+          if (!run.finite) {
+            weighted_run<E, MR, a(), b(), Hidden::kHalves>(acc, v, ldv, p, run.words, ja, jb, n0);
+            return;
+          }
+        weighted_run<E, MR, a(), b(), Hidden::kElements>(acc, v, ldv, p, run.words, ja, jb, n0);
+      };
+#define TW_RUN(A, B)                                                        \
+  case A * 4 + B:                                                           \
+    go(std::integral_constant<int, A>{}, std::integral_constant<int, B>{}); \
     break;
       switch (na * 4 + nb) {
         TW_RUN(0, 1) TW_RUN(0, 2) TW_RUN(0, 3) TW_RUN(1, 2) TW_RUN(1, 3) TW_RUN(2, 3)
@@ -194,22 +239,24 @@ TW_INLINE void weighted_chain(const Factor<T>* factors, const uint16_t* words,
   }
 }
 
-template <class T, int MR, int COUNT>
-TW_INLINE void weighted_block(const Factor<T>* factors, const uint16_t* words,
-                              const Segment* segments, int count, int d, T* c, const T* alpha,
-                              int n0) {
-  const int end = segments[count - 1].jb;
+template <class E, int MR, int COUNT>
+TW_INLINE void weighted_block(const Factor<E>* factors, const Run& run, int d, Acc<E>* c,
+                              const Acc<E>* alpha, int n0) {
+  const int end = run.segments[run.count - 1].jb;
   for (int begin = 0; begin < end; begin += kChainKeys)
-    weighted_chain<T, MR, COUNT>(factors, words, segments, count, begin, d, c, alpha, n0);
+    weighted_chain<E, MR, COUNT>(factors, run, begin, d, c, alpha, n0);
 }
 
-template <class T, int COUNT>
-TW_NOINLINE void weighted_sum(const Factor<T>* factors, int columns, const uint16_t* words,
-                              const Segment* segments, int count, T* c, const T* alpha) {
-  for (int n0 = 0; n0 < kPanelVecs<T>; n0 += kVecBlock) {
+// Segments count keys: of pairs ja is even, and a missing last key has weight and value +0.
+template <class E, int COUNT>
+TW_NOINLINE void weighted_sum(const Factor<E>* factors, int columns, const uint16_t* words,
+                              const Segment* segments, int count, Acc<E>* c, const Acc<E>* alpha,
+                              bool finite = true) {
+  const Run run{words, segments, count, finite};
+  for (int n0 = 0; n0 < kPanelVecs<E>; n0 += kVecBlock) {
     auto block = [&](auto rows, int d) __attribute__((always_inline)) {
-      weighted_block<T, rows(), COUNT>(factors, words, segments, count, d, c + n0 * kWidth<T>,
-                                       alpha + n0 * kWidth<T>, n0);
+      weighted_block<E, rows(), COUNT>(factors, run, d, c + n0 * kWidth<E>, alpha + n0 * kWidth<E>,
+                                       n0);
     };
     int d = 0;
     for (; d + kRowBlock <= columns; d += kRowBlock)
@@ -224,63 +271,64 @@ TW_NOINLINE void weighted_sum(const Factor<T>* factors, int columns, const uint1
 // --- Gradients: C[i][column] += sum_k A[i][k] B[k][column], columns in lanes; A is read transposed
 // where TRANSPOSED -------
 
-template <class T, int MR, int NR, bool TRANSPOSED>
-TW_INLINE void add_block(const T* a, int64_t lda, const T* b, int64_t ldb, int depth, T* c,
+template <class E, int MR, int NR, bool TRANSPOSED>
+TW_INLINE void add_block(const E* a, int64_t lda, const E* b, int64_t ldb, int depth, Acc<E>* c,
                          int64_t ldc) {
+  using T = Acc<E>;
   Vec<T> acc[MR][NR];
   TW_UNROLL for (int i = 0; i < MR; i++) TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] =
       zero<T>();
   for (int k = 0; k < depth; k++, b += ldb) {
-    Vec<T> x[NR];
-    TW_UNROLL for (int n = 0; n < NR; n++) x[n] = load_once(b + n * kWidth<T>);
+    Vec<E> x[NR];
+    TW_UNROLL for (int n = 0; n < NR; n++) x[n] = load_once(b + n * kWidth<E>);
     TW_UNROLL for (int i = 0; i < MR; i++) {
-      const Vec<T> y = set1(TRANSPOSED ? a[i] : a[i * lda + k]);
-      TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] = fma(y, x[n], acc[i][n]);
+      const Vec<E> y = broadcast(TRANSPOSED ? a + i : a + i * lda + k);
+      TW_UNROLL for (int n = 0; n < NR; n++) acc[i][n] = multiply_add(y, x[n], acc[i][n]);
     }
     if constexpr (TRANSPOSED) a += lda;
   }
   TW_UNROLL for (int i = 0; i < MR; i++) TW_UNROLL for (int n = 0; n < NR; n++) {
-    T* to = c + i * ldc + n * kWidth<T>;
+    T* to = c + i * ldc + n * kWidth<E>;
     store(to, load(to) + acc[i][n]);
   }
 }
 
-template <class T, int NR, bool TRANSPOSED>
-TW_NOINLINE void add_rows(int rows, const T* a, int64_t lda, const T* b, int64_t ldb, int depth,
-                          T* c, int64_t ldc) {
+template <class E, int NR, bool TRANSPOSED>
+TW_NOINLINE void add_rows(int rows, const E* a, int64_t lda, const E* b, int64_t ldb, int depth,
+                          Acc<E>* c, int64_t ldc) {
   switch (rows) {
     case 6:
-      return add_block<T, 6, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
+      return add_block<E, 6, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
     case 5:
-      return add_block<T, 5, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
+      return add_block<E, 5, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
     case 4:
-      return add_block<T, 4, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
+      return add_block<E, 4, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
     case 3:
-      return add_block<T, 3, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
+      return add_block<E, 3, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
     case 2:
-      return add_block<T, 2, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
+      return add_block<E, 2, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
     default:
-      return add_block<T, 1, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
+      return add_block<E, 1, NR, TRANSPOSED>(a, lda, b, ldb, depth, c, ldc);
   }
 }
 
 // At most kGradRows rows and kGradWidth columns (a multiple of the width).
-template <class T, bool TRANSPOSED>
-TW_INLINE void add_product(int rows, int columns, const T* a, int64_t lda, const T* b, int64_t ldb,
-                           int depth, T* c, int64_t ldc) {
+template <class E, bool TRANSPOSED>
+TW_INLINE void add_product(int rows, int columns, const E* a, int64_t lda, const E* b, int64_t ldb,
+                           int depth, Acc<E>* c, int64_t ldc) {
   if (depth <= 0) return;
-  switch (columns / kWidth<T>) {
+  switch (columns / kWidth<E>) {
     case 1:
-      return add_rows<T, 1, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
+      return add_rows<E, 1, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
     case 2:
-      return add_rows<T, 2, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
+      return add_rows<E, 2, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
     case 3:
       if constexpr (kGradVecs > 2)
-        return add_rows<T, 3, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
+        return add_rows<E, 3, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
       break;
     default:
       if constexpr (kGradVecs > 2)
-        return add_rows<T, 4, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
+        return add_rows<E, 4, TRANSPOSED>(rows, a, lda, b, ldb, depth, c, ldc);
   }
 }
 
