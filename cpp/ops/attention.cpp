@@ -25,7 +25,7 @@ const AttentionKernels& attention_kernels() {
 
 const AttentionFunctions& attention_functions(const AttentionInputs& in) {
 #if defined(__x86_64__)
-  const bool in_pairs = in.q.storage == Storage::kBfloat16 && in.D % 2 == 0;
+  const bool in_pairs = in.q.storage == Storage::kBfloat16 && in.D % 2 == 0 && in.Dv % 2 == 0;
   if (in_pairs && active_target() == Target::kAvx512Bf16) return *attention_pairs_avx512bf16();
 #endif
   const AttentionKernels& kernels = attention_kernels();

@@ -165,7 +165,7 @@ TW_INLINE T sum_by_key(const T* s, int ja, int jb) {
 template <class E>
 class DecodeBody {
   using T = Acc<E>;
-  static constexpr int kP = kPack<E>;
+  static constexpr int kP = kFold<E>;
 
  public:
   // The state of a (batch, KV head, chunk): o[rows][Dv], m, l, e [rows rounded up to 16].

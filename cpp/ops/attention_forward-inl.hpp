@@ -155,14 +155,14 @@ struct TileRows {
   }
   // Rows from k0 for the scores: `columns` numbers are the terms of a score.
   void load_terms(const View4& x, int64_t b, int64_t h, int64_t k0, int keys, int64_t columns) {
-    if (x) rows = read_rows<E>(x, b, h, k0, keys, static_cast<int>(columns) / kPack<E>, scratch);
+    if (x) rows = read_rows<E>(x, b, h, k0, keys, static_cast<int>(columns) / kFold<E>, scratch);
   }
   // Rows from k0 for a sum over keys.
   void load_values(const View4& x, int64_t b, int64_t h, int64_t k0, int keys, int64_t columns) {
     if (!x) return;
     const int n = static_cast<int>(columns);
     if constexpr (kPairs<E>) {
-      const Rows<E> halves = read_rows<E>(x, b, h, k0, keys, (n + 1) / 2, scratch);
+      const Rows<E> halves = read_rows<E>(x, b, h, k0, keys, n / 2, scratch);
       const Bf16* from = reinterpret_cast<const Bf16*>(halves.at);
       interleave_rows(from, 2 * halves.ld, keys, n, pairs, n);
       finite = all_finite(from, 2 * halves.ld, n, keys);
@@ -183,7 +183,7 @@ class ForwardBody {
  public:
   using Element = T;
   static int64_t block_columns(const AttentionInputs& in, bool moves) {
-    return (in.D / kPack<E> + 2 * in.Dv) * (moves ? 2 : 1);
+    return (in.D / kFold<E> + 2 * in.Dv) * (moves ? 2 : 1);
   }
 
   // `moves`: with the tangents.
@@ -198,7 +198,7 @@ class ForwardBody {
 
   void place(Arena& arena) {
     const int64_t lanes = int64_t{panels_} * kPanel;
-    q_ = arena.take<E>(in_.D / kPack<E> * lanes);
+    q_ = arena.take<E>(in_.D / kFold<E> * lanes);
     for (States<T>& s : states_) {
       s.o = arena.take<T>(in_.Dv * lanes);
       s.m = arena.take<T>(lanes);
@@ -207,7 +207,7 @@ class ForwardBody {
       s.to = t_ ? arena.take<T>(in_.Dv * lanes) : nullptr;
       s.mu = t_ ? arena.take<T>(lanes) : nullptr;
     }
-    tq_ = arena.take<E>(t_ && t_->tq ? in_.D / kPack<E> * lanes : 0);
+    tq_ = arena.take<E>(t_ && t_->tq ? in_.D / kFold<E> * lanes : 0);
     ts_ = arena.take<T>(t_ ? kTileKeys * kPanel : 0);
     tbias_ = arena.take<T>(t_ && t_->tbias ? kTileKeys * kPanel : 0);
     s_ = arena.take<T>(kTileKeys * kPanel);
@@ -244,7 +244,6 @@ class ForwardBody {
     now_->clear(used_, static_cast<int>(in_.Dv));
     h_ = h;
     mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
-    key_end_ = mask.key_end;
     walk(mask, in_.Nk, *this);
     if (first_) chunk_end(true);
     finish(h);
@@ -307,11 +306,11 @@ class ForwardBody {
     return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup;
   }
 
-  int depth() const { return static_cast<int>(in_.D) / kPack<E>; }
+  int depth() const { return static_cast<int>(in_.D) / kFold<E>; }
 
   void load_tile(int64_t k0) {
     loaded_ = k0;
-    const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, key_end_ - k0));
+    const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, in_.Nk - k0));
     k_.load_terms(in_.k, b_, hk_, k0, keys, in_.D);
     v_.load_values(in_.v, b_, hk_, k0, keys, in_.Dv);
     if (!t_) return;
@@ -464,7 +463,7 @@ class ForwardBody {
   int panels_, used_ = 0, rows_ = 0;
   int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;
-  int64_t loaded_ = -1, key_end_ = 0;
+  int64_t loaded_ = -1;
   E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
   TileRows<E> k_, v_, tk_, tv_;
   T *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr, *ts_ = nullptr,

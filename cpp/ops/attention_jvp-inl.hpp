@@ -12,7 +12,7 @@ class JvpBody {
  public:
   using Element = T;
   static int64_t block_columns(const AttentionInputs& in, bool) {
-    return 2 * in.D / kPack<E> + in.Dv;
+    return 2 * in.D / kFold<E> + in.Dv;
   }
 
   JvpBody(const AttentionProblem& problem, int max_panels, bool)
@@ -60,7 +60,6 @@ class JvpBody {
     dropout_ = &dropout;
     load_queries();
     mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
-    key_end_ = mask.key_end;
     walk(mask, in_.Nk, *this);
     finish();
   }
@@ -95,11 +94,11 @@ class JvpBody {
   void chunk_end(bool) {}
 
  private:
-  int depth() const { return static_cast<int>(in_.D) / kPack<E>; }
+  int depth() const { return static_cast<int>(in_.D) / kFold<E>; }
 
   void load_tile(int64_t k0) {
     loaded_ = k0;
-    const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, key_end_ - k0));
+    const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, in_.Nk - k0));
     k_.load_terms(in_.k, b_, hk_, k0, keys, in_.D);
     v_.load_values(in_.v, b_, hk_, k0, keys, in_.Dv);
     tk_.load_terms(t_.tk, b_, hk_, k0, keys, in_.D);
@@ -261,7 +260,7 @@ class JvpBody {
   const Logits<T>* logits_ = nullptr;
   const Dropout<T>* dropout_ = nullptr;
   int panels_, rows_ = 0;
-  int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0, loaded_ = -1, key_end_ = 0;
+  int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0, loaded_ = -1;
   E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
   TileRows<E> k_, v_, tk_, tv_;
   T *to_ = nullptr, *m_ = nullptr, *log2_l_ = nullptr, *mu_ = nullptr, *s_ = nullptr,

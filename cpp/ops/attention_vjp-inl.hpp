@@ -85,7 +85,7 @@ struct QueryTile {
 template <class E>
 class VjpBody {
   using T = Acc<E>;
-  static constexpr int kP = kPack<E>;
+  static constexpr int kP = kFold<E>;
 
  public:
   // `moves`: the JVP of the VJP.

@@ -7,11 +7,8 @@
 
 #include "simd/begin.hpp"
 
-// An element of a product: a number, or a pair of bf16 whose products are summed in float32.
 template <class E>
-constexpr bool kPairs = std::is_same_v<E, Bf16x2>;
-template <class E>
-constexpr int kPack = kPairs<E> ? 2 : 1;
+constexpr bool kPairs = kFold<E> == 2;
 
 template <class E>
 constexpr Storage kStorage = kPairs<E>                   ? Storage::kBfloat16
@@ -27,7 +24,7 @@ struct Rows {
 // Whether rows are read without a copy.
 template <class E>
 TW_INLINE bool in_place(const View4& x) {
-  return x.storage == kStorage<E> && !x.pages && x.row % kPack<E> == 0;
+  return x.storage == kStorage<E> && !x.pages && x.row % kFold<E> == 0;
 }
 
 // Row r of head h, or null where its page is not held.
@@ -62,9 +59,9 @@ template <class E>
 TW_NOINLINE Rows<E> read_rows(const View4& x, int64_t b, int64_t h, int64_t r, int n, int columns,
                               E* scratch) {
   const bool together = !x.pages || r % x.page_rows + n <= x.page_rows;
-  if (x.storage == kStorage<E> && together && x.row % kPack<E> == 0)
+  if (x.storage == kStorage<E> && together && x.row % kFold<E> == 0)
     if (const char* from = row_bytes(x, b, h, r))
-      return {reinterpret_cast<const E*>(from), x.row / kPack<E>};
+      return {reinterpret_cast<const E*>(from), x.row / kFold<E>};
   for (int i = 0; i < n; i++)
     convert_row<E>(row_bytes(x, b, h, r + i), x.storage, columns, scratch + int64_t{i} * columns);
   return {scratch, columns};
@@ -105,7 +102,7 @@ TW_INLINE void put_rows(const View4& x, int64_t b, int64_t h, int64_t r, int n, 
 template <class E>
 TW_INLINE void pack_rows(const View4& x, int64_t b, int64_t h, int64_t r, int n, int64_t columns,
                          Acc<E> mul, E* scratch, E* to) {
-  const int count = static_cast<int>(columns) / kPack<E>;
+  const int count = static_cast<int>(columns) / kFold<E>;
   const Rows<E> rows = read_rows<E>(x, b, h, r, n, count, scratch);
   if constexpr (kPairs<E>)
     pack_lanes_pairs(reinterpret_cast<const Bf16*>(rows.at), rows.ld * 2, static_cast<int>(columns),
