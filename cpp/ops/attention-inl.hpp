@@ -54,7 +54,18 @@ class Current {
   int64_t now_ = -1;
 };
 
-// A body works on blocks of queries of one head; the blocks are dealt to the threads.
+// How many query heads of a group work on a tile of keys together: those of short queries do, which
+// would read it once for each head, as long as every thread has work.
+template <class Body>
+int shared_heads(const AttentionInputs& in) {
+  const int64_t group = in.H / in.Hk;
+  if (!Body::kSharesKeys || in.N > kPanel || in.mask.head != 0) return 1;
+  int64_t heads = std::min<int64_t>(group, kMaxBlock / kPanel);
+  while (heads > 1 && (group % heads != 0 || in.B * in.H / heads < num_threads())) heads--;
+  return static_cast<int>(heads);
+}
+
+// A body works on blocks of queries; the blocks are dealt to the threads.
 template <class Body>
 void by_query_blocks(const AttentionProblem& all, bool moves) {
   using T = typename Body::Element;
@@ -67,20 +78,21 @@ void by_query_blocks(const AttentionProblem& all, bool moves) {
   const int threads = threads_for(in, in.B * in.H * wanted);
   while (panels > 2 && threads > 1 && in.B * in.H * ((wanted + panels - 1) / panels) < 4 * threads)
     panels = (panels + 1) / 2;
-  const int64_t rows = panels * kPanel, blocks = (in.N + rows - 1) / rows,
-                tasks = in.B * in.H * blocks;
+  const int64_t rows = panels * kPanel, blocks = (in.N + rows - 1) / rows;
+  const int heads = shared_heads<Body>(in);
+  const int64_t tasks = in.B * in.H / heads * blocks;
   std::atomic<int64_t> next{0};
   run_parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int) {
     Current<T> current(all);
-    Body body(current.problem, static_cast<int>(panels), moves);
+    Body body(current.problem, std::max(static_cast<int>(panels), heads), moves);
     placed(body);
     MaskBlock mask;
     const FloatingPointMode mode;
     for (int64_t t; (t = next.fetch_add(1)) < tasks;) {
       // last rows first: under a causal mask they take longest
-      const int64_t q0 = (blocks - 1 - t % blocks) * rows, bh = t / blocks;
+      const int64_t q0 = (blocks - 1 - t % blocks) * rows, bh = t / blocks * heads;
       const int64_t b = current.select(bh / in.H), N = current.problem.in.N;
-      if (q0 < N) body.run(b, bh % in.H, q0, static_cast<int>(std::min(rows, N - q0)), mask);
+      if (q0 < N) body.run(b, bh % in.H, heads, q0, static_cast<int>(std::min(rows, N - q0)), mask);
     }
   });
 }

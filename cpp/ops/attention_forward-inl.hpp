@@ -175,13 +175,15 @@ struct TileRows {
   }
 };
 
-// E is what the products take, T what they are summed in.
+// E is what the products take, T what they are summed in. A block has several panels of one query
+// head, or one of each of several heads that share their keys.
 template <class E>
 class ForwardBody {
   using T = Acc<E>;
 
  public:
   using Element = T;
+  static constexpr bool kSharesKeys = true;
   static int64_t block_columns(const AttentionInputs& in, bool moves) {
     return (in.D / kFold<E> + 2 * in.Dv) * (moves ? 2 : 1);
   }
@@ -223,36 +225,77 @@ class ForwardBody {
     pack_ = arena.take<E>(kGroup * in_.D);
     o_scratch_ = arena.take<T>(kGroup * in_.Dv);
     to_scratch_ = arena.take<T>(t_ ? kGroup * in_.Dv : 0);
+    head_logits_ = arena.take<Logits<T>>(panels_);
+    head_dropout_ = arena.take<Dropout<T>>(panels_);
   }
 
-  void run(int64_t b, int64_t h, int64_t q0, int rows, MaskBlock& mask) {
+  // `heads` query heads from h; more than one only where their mask is the same and each has one
+  // panel.
+  void run(int64_t b, int64_t h, int heads, int64_t q0, int rows, MaskBlock& mask) {
     b_ = b;
+    first_head_ = h;
+    heads_ = heads;
     hk_ = h / (in_.H / in_.Hk);
     q0_ = q0;
     rows_ = rows;
-    const Logits<T> logits(in_, b, h);
-    logits_ = &logits;
-    const Dropout<T> dropout(in_, b, h);
-    dropout_ = &dropout;
-    used_ = (rows + kPanel - 1) / kPanel;
-    pack(in_.q, h, q_);
-    if (t_ && t_->tq) pack(t_->tq, h, tq_);
+    used_ = heads > 1 ? heads : (rows + kPanel - 1) / kPanel;
+    for (int i = 0; i < heads; i++) {
+      head_logits_[i] = Logits<T>(in_, b, h + i);
+      head_dropout_[i] = Dropout<T>(in_, b, h + i);
+      take_head(i);
+      pack(in_.q, q_);
+      if (t_ && t_->tq) pack(t_->tq, tq_);
+    }
     now_ = &states_[0];
     total_ = &states_[1];
     first_ = true;
     loaded_ = -1;
     now_->clear(used_, static_cast<int>(in_.Dv));
-    h_ = h;
     mask.load(in_.mask, b, h, q0, rows, in_.N, in_.Nk);
     walk(mask, in_.Nk, *this);
     if (first_) chunk_end(true);
-    finish(h);
+    for (int i = 0; i < heads; i++) {
+      take_head(i);
+      finish();
+    }
   }
 
   void tile(int p, int64_t k0, const Segment* segments, int count, const uint16_t* words) {
-    const E* q = q_ + int64_t{p} * depth() * kPanel;
-    for (int i = 0; i < kPanel; i += kWidth<T>) store(top_ + i, minus_infinity<T>());
     if (k0 != loaded_) load_tile(k0);
+    for (int i = 0; i < heads_; i++) {
+      take_head(i);
+      head_tile(p, k0, segments, count, words);
+    }
+  }
+
+  void chunk_end(bool last) {
+    if (first_) {
+      first_ = false;
+      std::swap(now_, total_);
+    } else {
+      merge_chunk();
+    }
+    if (!last) now_->clear(used_, static_cast<int>(in_.Dv));
+  }
+
+ private:
+  // Where group g of the present head is in a block of panels.
+  int64_t panel(int g, int64_t columns) const {
+    return (g / kPanelGroups + slot_) * columns * kPanel + g % kPanelGroups * kGroup;
+  }
+
+  int depth() const { return static_cast<int>(in_.D) / kFold<E>; }
+
+  void take_head(int i) {
+    slot_ = i;
+    h_ = first_head_ + i;
+    logits_ = head_logits_ + i;
+    dropout_ = head_dropout_ + i;
+  }
+
+  void head_tile(int p, int64_t k0, const Segment* segments, int count, const uint16_t* words) {
+    const E* q = q_ + int64_t{slot_ + p} * depth() * kPanel;
+    for (int i = 0; i < kPanel; i += kWidth<T>) store(top_ + i, minus_infinity<T>());
     for (int i = 0; i < count; i++) {
       const Factor<E> factor{k_.rows.at, k_.rows.ld, q};
       auto into = [&](const auto& epilogue) __attribute__((always_inline)) {
@@ -265,7 +308,7 @@ class ForwardBody {
       else
         into(StoreMax<T, false>{s_, top_, words});
     }
-    const int at = p * kPanel;
+    const int at = (slot_ + p) * kPanel;
     if (logits_move_) move_logits(p, k0, segments, count);
     if (!logits_->plain) apply_options(p, k0, segments, count, words);
     auto weights = out_.entropy ? weights_panel<T, true> : weights_panel<T, false>;
@@ -274,7 +317,7 @@ class ForwardBody {
       moments_panel<T>(s_, ts_, segments, count, words,
                        options_move() ? T{1} : static_cast<T>(kLn2), now_->mu + at, alpha_);
     if (dropout_->on)
-      dropout_->apply(segments, count, q0_ + at, k0, s_, logits_move_ ? ts_ : nullptr);
+      dropout_->apply(segments, count, q0_ + p * kPanel, k0, s_, logits_move_ ? ts_ : nullptr);
     const int Dv = static_cast<int>(in_.Dv);
     const E* w = weights_of<E>(s_, segments, count, weights_);
     const Factor<E> values{v_.rows.at, v_.rows.ld, w};
@@ -291,23 +334,6 @@ class ForwardBody {
       weighted_sum<E, 1>(moved + (t_->tv ? 1 : 0), Dv, words, segments, count, to, alpha_, finite);
   }
 
-  void chunk_end(bool last) {
-    if (first_) {
-      first_ = false;
-      std::swap(now_, total_);
-    } else {
-      merge_chunk();
-    }
-    if (!last) now_->clear(used_, static_cast<int>(in_.Dv));
-  }
-
- private:
-  static int64_t panel(int g, int64_t columns) {
-    return g / kPanelGroups * columns * kPanel + g % kPanelGroups * kGroup;
-  }
-
-  int depth() const { return static_cast<int>(in_.D) / kFold<E>; }
-
   void load_tile(int64_t k0) {
     loaded_ = k0;
     const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, in_.Nk - k0));
@@ -318,9 +344,9 @@ class ForwardBody {
     tv_.load_values(t_->tv, b_, hk_, k0, keys, in_.Dv);
   }
 
-  void pack(const View4& x, int64_t h, E* to) const {
+  void pack(const View4& x, E* to) const {
     for (int g = 0; g * kGroup < rows_; g++)
-      pack_rows<E>(x, b_, h, q0_ + g * kGroup, std::min(kGroup, rows_ - g * kGroup), in_.D,
+      pack_rows<E>(x, b_, h_, q0_ + g * kGroup, std::min(kGroup, rows_ - g * kGroup), in_.D,
                    logits_->q_scale, pack_, to + panel(g, depth()));
   }
 
@@ -332,7 +358,7 @@ class ForwardBody {
                                              int count) {
     const int64_t q = q0_ + int64_t{p} * kPanel;
     const int rows = std::min(kPanel, rows_ - p * kPanel);
-    const int64_t at = int64_t{p} * depth() * kPanel;
+    const int64_t at = int64_t{slot_ + p} * depth() * kPanel;
     const Factor<E> x{t_->tq ? k_.rows.at : nullptr, k_.rows.ld, tq_ + at},
         y{t_->tk ? tk_.rows.at : nullptr, tk_.rows.ld, q_ + at};
     for (int i = 0; i < count; i++) {
@@ -413,10 +439,11 @@ class ForwardBody {
   // tlse = mu with the sink's share, to = sum - mu o
   void finish_tangents(int g, int rows, const RowEnd<T>& end, T sink, const T* o, int64_t ldo) {
     const int at = g * kGroup;
+    const T* sums = total_->mu + slot_ * kPanel + at;
     alignas(64) T mu[kGroup];
     for (int i = 0; i < kGroup; i += kWidth<T>) {
       const Vec<T> scale = load(end.o_scale + i);
-      Vec<T> x = select(equal(scale, zero<T>()), zero<T>(), load(total_->mu + at + i) * scale);
+      Vec<T> x = select(equal(scale, zero<T>()), zero<T>(), load(sums + i) * scale);
       if (in_.sinks && t_->tsinks && sink != -std::numeric_limits<T>::infinity()) {
         const Vec<T> z = set1(sink * static_cast<T>(kLog2e)) - load(end.m + i);
         const Vec<T> p = exp2<T>(-max(zero<T>(), load(end.log_l + i) * splat<T>(kLog2e) - z));
@@ -435,20 +462,22 @@ class ForwardBody {
     put_rows<T>(out_t_.to, b_, h_, q0_ + at, rows, to, ld, in_.Dv);
   }
 
-  void finish(int64_t h) {
+  void finish() {
     alignas(64) T sink[kGroup] = {};
     if (in_.sinks)
-      for (T& z : sink) z = *in_.sinks.at<T>(0, h);
+      for (T& z : sink) z = *in_.sinks.at<T>(0, h_);
     const View4& full = out_.o_full ? out_.o_full : out_.o;
     for (int g = 0; g * kGroup < rows_; g++) {
       const int at = g * kGroup, rows = std::min(kGroup, rows_ - at);
-      const RowEnd<T> end(total_->m + at, total_->l + at, total_->e + at, bool(in_.sinks), sink);
-      end.write(out_, in_.row_at(b_, h, q0_ + at), rows);
+      const int lane = slot_ * kPanel + at;
+      const RowEnd<T> end(total_->m + lane, total_->l + lane, total_->e + lane, bool(in_.sinks),
+                          sink);
+      end.write(out_, in_.row_at(b_, h_, q0_ + at), rows);
       int64_t ld;
-      T* o = rows_to<T>(full, b_, h, q0_ + at, o_scratch_, in_.Dv, &ld);
+      T* o = rows_to<T>(full, b_, h_, q0_ + at, o_scratch_, in_.Dv, &ld);
       unpack_lanes<T>(total_->o + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale, o,
                       ld);
-      put_rows<T>(out_.o, b_, h, q0_ + at, rows, o, ld, in_.Dv);
+      put_rows<T>(out_.o, b_, h_, q0_ + at, rows, o, ld, in_.Dv);
       if (t_) finish_tangents(g, rows, end, sink[0], o, ld);
     }
   }
@@ -458,10 +487,13 @@ class ForwardBody {
   const AttentionTangents* t_;  // null where there are none
   const AttentionOutputTangents& out_t_;
   bool logits_move_;
+  // of the heads of a block, and of the one at hand
+  Logits<T>* head_logits_ = nullptr;
+  Dropout<T>* head_dropout_ = nullptr;
   const Logits<T>* logits_ = nullptr;
   const Dropout<T>* dropout_ = nullptr;
-  int panels_, used_ = 0, rows_ = 0;
-  int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0;
+  int panels_, used_ = 0, rows_ = 0, heads_ = 1, slot_ = 0;
+  int64_t b_ = 0, first_head_ = 0, h_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;
   int64_t loaded_ = -1;
   E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;

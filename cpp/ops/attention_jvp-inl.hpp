@@ -11,6 +11,7 @@ class JvpBody {
 
  public:
   using Element = T;
+  static constexpr bool kSharesKeys = false;
   static int64_t block_columns(const AttentionInputs& in, bool) {
     return 2 * in.D / kFold<E> + in.Dv;
   }
@@ -48,7 +49,7 @@ class JvpBody {
     o_scratch_ = arena.take<T>(kGroup * in_.Dv);
   }
 
-  void run(int64_t b, int64_t h, int64_t q0, int rows, MaskBlock& mask) {
+  void run(int64_t b, int64_t h, int, int64_t q0, int rows, MaskBlock& mask) {
     b_ = b;
     h_ = h;
     hk_ = h / (in_.H / in_.Hk);
