@@ -90,8 +90,14 @@ void by_query_blocks(const AttentionProblem& all, bool moves) {
     const FloatingPointMode mode;
     for (int64_t t; (t = next.fetch_add(1)) < tasks;) {
       // last rows first: under a causal mask they take longest
-      const int64_t q0 = (blocks - 1 - t % blocks) * rows, bh = t / blocks * heads;
+      auto first_row = [&](int64_t task) { return (blocks - 1 - task % blocks) * rows; };
+      const int64_t q0 = first_row(t), bh = t / blocks * heads;
       const int64_t b = current.select(bh / in.H), N = current.problem.in.N;
+      if constexpr (Body::kSharesKeys)
+        if (const int64_t after = t + threads; after < tasks && !in.sequences) {
+          const int64_t head = after / blocks * heads, first = first_row(after);
+          body.expect(head / in.H, head % in.H, first, std::min(rows, N - first));
+        }
       if (q0 < N) body.run(b, bh % in.H, heads, q0, static_cast<int>(std::min(rows, N - q0)), mask);
     }
   });

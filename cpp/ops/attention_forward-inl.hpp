@@ -18,11 +18,52 @@ struct StoreScores {
   };
 };
 
+constexpr int kLinesAhead = 6;            // after 8 keys and one register of queries
+constexpr int64_t kBytesAhead = 512 << 10;  // that leave room in the second-level cache
+
+// Rows that the next block of queries will read, asked for line by line while products run.
+class RowsToCome {
+ public:
+  void clear() { count_ = 0, at_ = end_ = nullptr; }
+  void add(const View4& x, int64_t b, int64_t h, int64_t r, int64_t rows, int64_t columns) {
+    if (rows <= 0 || x.pages) return;
+    const int64_t ld = x.row * bytes_of(x.storage), bytes = columns * bytes_of(x.storage);
+    const bool together = ld == bytes;
+    runs_[count_++] = {row_bytes(x, b, h, r), ld, together ? 1 : rows, together ? rows * ld : bytes};
+  }
+  template <int LINES>
+  TW_MEMBER void touch() {
+    if (at_ >= end_ && !next()) return;
+    TW_UNROLL for (int i = 0; i < LINES; i++) __builtin_prefetch(at_ + 64 * i, 0, 2);
+    at_ += 64 * LINES;
+  }
+
+ private:
+  struct Run {
+    const char* row;
+    int64_t ld, rows, bytes;
+  };
+  TW_MEMBER bool next() {
+    if (count_ == 0) return false;
+    Run& x = runs_[count_ - 1];
+    at_ = x.row;
+    end_ = at_ + x.bytes;
+    x.row += x.ld;
+    if (--x.rows == 0) count_--;
+    return true;
+  }
+
+  const char *at_ = nullptr, *end_ = nullptr;
+  int count_ = 0;
+  Run runs_[3];
+};
+
 template <class T, bool EDGE>
 struct StoreMax {
   T* s;
   T* top;
   const uint16_t* words;
+  RowsToCome* to_come;
   struct Column {
     const StoreMax& e;
     int n;
@@ -34,7 +75,10 @@ struct StoreMax {
       m = max(m, x);
       store(e.s + int64_t{j} * kPanel + n * kWidth<T>, x);
     }
-    TW_MEMBER void finish() { store(e.top + n * kWidth<T>, m); }
+    TW_MEMBER void finish() {
+      store(e.top + n * kWidth<T>, m);
+      e.to_come->template touch<kLinesAhead>();
+    }
   };
 };
 
@@ -229,6 +273,17 @@ class ForwardBody {
     head_dropout_ = arena.take<Dropout<T>>(panels_);
   }
 
+  // The block that this thread will probably work on after the next call of run().
+  void expect(int64_t b, int64_t h, int64_t q0, int64_t rows) {
+    to_come_.clear();
+    to_come_.add(in_.q, b, h, q0, rows, in_.D);
+    const int64_t hk = h / (in_.H / in_.Hk);
+    const int64_t row = in_.D * bytes_of(in_.k.storage) + in_.Dv * bytes_of(in_.v.storage);
+    if ((b == b_ && hk == hk_) || in_.Nk * row > kBytesAhead) return;
+    to_come_.add(in_.k, b, hk, 0, in_.Nk, in_.D);
+    to_come_.add(in_.v, b, hk, 0, in_.Nk, in_.Dv);
+  }
+
   // `heads` query heads from h; more than one only where their mask is the same and each has one
   // panel.
   void run(int64_t b, int64_t h, int heads, int64_t q0, int rows, MaskBlock& mask) {
@@ -304,9 +359,9 @@ class ForwardBody {
       if (!logits_->plain)
         into(StoreScores<T>{s_});
       else if (segments[i].edge)
-        into(StoreMax<T, true>{s_, top_, words});
+        into(StoreMax<T, true>{s_, top_, words, &to_come_});
       else
-        into(StoreMax<T, false>{s_, top_, words});
+        into(StoreMax<T, false>{s_, top_, words, &to_come_});
     }
     const int at = (slot_ + p) * kPanel;
     if (logits_move_) move_logits(p, k0, segments, count);
@@ -498,6 +553,7 @@ class ForwardBody {
   int64_t loaded_ = -1;
   E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
   TileRows<E> k_, v_, tk_, tv_;
+  RowsToCome to_come_;
   T *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr, *ts_ = nullptr,
     *tbias_ = nullptr, *o_scratch_ = nullptr, *to_scratch_ = nullptr;
   States<T> states_[2] = {}, *now_ = nullptr, *total_ = nullptr;

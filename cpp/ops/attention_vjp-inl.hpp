@@ -506,7 +506,7 @@ class VjpBody {
     const E *q = t.q_lanes + int64_t{at} * D, *d_o = t.do_lanes + int64_t{at} * Dv;
     const T scale = product_scale<E>(*logits_);
     T *prob = p_ + at, *ds = ds_ + at;
-    if (!mask_.whole) clear_panel(at);
+    if (!mask_.whole) clear_hidden(p);
     for (int i = 0; i < mask_.counts[p]; i++) {
       const Segment& s = mask_.segments[p][i];
       if (!second_ && logits_->plain && !dropout_->on) {
@@ -554,10 +554,16 @@ class VjpBody {
                 StoreGradient<T, EDGE>{ds, prob, t.delta + at, words}, s);
   }
 
-  void clear_panel(int at) {
-    for (T* x : {p_, ds_, tp_, tds_})
-      for (int j = 0; x && j < mask_.keys(); j++)
-        for (int i = 0; i < kPanel; i += kWidth<T>) store(x + j * kGradQueries + at + i, zero<T>());
+  // Zeros where a group of queries sees none of a step's keys; the rest is written.
+  void clear_hidden(int p) {
+    const int groups = std::min(kPanelGroups, mask_.groups() - p * kPanelGroups);
+    for (int j = 0; j < mask_.keys(); j += kStep)
+      for (int g = p * kPanelGroups; g < p * kPanelGroups + groups; g++) {
+        if (!mask_.none(j, g)) continue;
+        for (T* x : {p_, ds_, tp_, tds_})
+          for (int i = 0; x && i < kStep * kGroup; i += kWidth<T>)
+            store(x + (j + i / kGroup) * kGradQueries + g * kGroup + i % kGroup, zero<T>());
+      }
   }
 
   // The logits of register n of panel p and key j, from the raw products.
