@@ -12,7 +12,14 @@ import tilewise
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 DOCS = ROOT / "docs"
-RUNNABLE = [ROOT / "README.md", DOCS / "index.md", DOCS / "torch.md", *(DOCS / "ops").glob("*.md")]
+RUNNABLE = [
+    ROOT / "README.md",
+    DOCS / "index.md",
+    DOCS / "torch.md",
+    DOCS / "cache.md",
+    DOCS / "varlen.md",
+    *(DOCS / "ops").glob("*.md"),
+]
 
 
 def relative(path: Path) -> str:

@@ -28,19 +28,23 @@ from .shared.softmax_state import SoftmaxState, merge
 
 if TYPE_CHECKING:
     from . import numpy
+    from .cache import KVCache, OutOfPages
     from .verify.gradients import verify_gradients
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionGrads",
+    "KVCache",
     "Mask",
+    "OutOfPages",
     "OutputTangents",
     "RowStats",
     "SoftmaxState",
     "Unsupported",
     "__version__",
     "attention",
+    "attention_varlen",
     "causal",
     "chunked",
     "dense",
@@ -58,6 +62,8 @@ __all__ = [
 
 _FRONTENDS = {"numpy": "tilewise.numpy", "torch": "tilewise.torch"}
 _LAZY = {
+    "KVCache": ("tilewise.cache", "KVCache"),
+    "OutOfPages": ("tilewise.cache", "OutOfPages"),
     "numpy": ("tilewise.numpy", None),
     "torch": ("tilewise.torch", None),
     "verify": ("tilewise.verify", None),
@@ -65,15 +71,16 @@ _LAZY = {
 }
 
 
-def attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
+def attention(q: Any, k: Any = None, v: Any = None, **options: Any) -> Any:
     """Compute softmax attention with the frontend of the arrays' own type.
 
     Formula: `o = softmax(scale q k^T) v`, with the options of `tilewise.numpy.attention`.
 
     Args:
-        q: `(B, H, N, D)`, float32 or float64. A NumPy array.
+        q: `(B, H, N, D)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch
+            tensor.
         k: `(B, Hk, Nk, D)`, dtype of q. Hk must divide H.
-        v: `(B, Hk, Nk, Dv)`, dtype of q.
+        v: `(B, Hk, Nk, Dv)`, dtype of q. With a `cache` neither k nor v need be given.
         **options: As in `tilewise.numpy.attention`.
 
     Returns:
@@ -82,12 +89,40 @@ def attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
     Raises:
         TypeError: No frontend knows the type of q.
     """
+    return _frontend("attention", q).attention(q, k, v, **options)
+
+
+def attention_varlen(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any = None, **options: Any
+) -> Any:
+    """Compute softmax attention of packed sequences with the frontend of the arrays' own type.
+
+    Args:
+        q: `(total_q, H, D)`. A NumPy array or a PyTorch tensor.
+        k: `(total_k, Hk, D)`, dtype of q. Hk must divide H.
+        v: `(total_k, Hk, Dv)`, dtype of q.
+        cu_seqlens_q: `(S + 1,)` integers, ascending from 0 to total_q: sequence s has the queries
+            from `cu_seqlens_q[s]` up to, not including, `cu_seqlens_q[s + 1]`.
+        cu_seqlens_k: The same for keys, up to total_k; by default that of the queries.
+        **options: As in `tilewise.numpy.attention_varlen`.
+
+    Returns:
+        `o`, or a NamedTuple where statistics were asked for.
+
+    Raises:
+        TypeError: No frontend knows the type of q.
+    """
+    frontend = _frontend("attention_varlen", q)
+    return frontend.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+
+
+def _frontend(operator: str, q: Any) -> Any:
+    """Return the module of functions for the type of q."""
     for base in type(q).__mro__:
         frontend = _FRONTENDS.get(base.__module__.partition(".")[0])
         if frontend is not None:
-            module = sys.modules.get(frontend) or import_module(frontend)
-            return module.attention(q, k, v, **options)
-    raise type_error("attention", "q", "be a numpy.ndarray", type(q).__name__)
+            return sys.modules.get(frontend) or import_module(frontend)
+    raise type_error(operator, "q", "be a numpy.ndarray", type(q).__name__)
 
 
 def get_num_threads() -> int:

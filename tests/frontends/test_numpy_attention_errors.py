@@ -51,7 +51,7 @@ def bnhd(**arguments: Any) -> Change:
 
 K_SHAPE = "k must have shape (B, Hk, Nk, D)"
 BIAS_SHAPE = "bias must broadcast to shape (B, H, N, Nk)"
-FLOATS = "dtype float32 or float64"
+FLOATS = "dtype float64, float32, bfloat16 or float16"
 
 BAD: list[tuple[Change, type[Exception], str]] = [
     # Kinds
@@ -69,9 +69,9 @@ BAD: list[tuple[Change, type[Exception], str]] = [
     (replaced(q=array(B, H, N, D, dtype=int)), TypeError, f"q must have {FLOATS}, got int64"),
     (replaced(q=array(B, H, N, D, dtype=bool)), TypeError, f"q must have {FLOATS}, got bool"),
     (
-        replaced(q=array(B, H, N, D, dtype=np.float16)),
+        replaced(q=array(B, H, N, D, dtype=np.uint16)),
         TypeError,
-        f"q must have {FLOATS}, got float16",
+        f"q must have {FLOATS}, got uint16",
     ),
     (
         replaced(q=array(B, H, N, D, dtype=complex)),

@@ -310,18 +310,19 @@ def test_ops_pass_the_checks_of_pytorch(kind: str) -> None:
         "'dropout_p': 0.0, 'layout': 'bhnd', 'implementation': None}"
     )
     q, k, v, bias, sinks = X if kind == "vjp_jvp" else parameters()
-    inputs = (q, k, v, bias, sinks, None, None, torch.tensor([5, 3]), None, None, None)
-    o, lse, _, _, m, log_l = (
-        t.detach() for t in OPS.attention_forward(options, [True] * 6, *inputs)
+    absent = (None,) * 4
+    inputs = (q, k, v, bias, sinks, *absent, torch.tensor([5, 3]), None, None, None)
+    o, lse, _, _, m, log_l, _ = (
+        t.detach() for t in OPS.attention_forward(options, [True] * 6 + [False], *inputs)
     )
-    base = (*inputs, o, lse, m, log_l)
+    base = (*inputs, o, lse, m, log_l, None)
     given = {
         "forward": inputs,
         "vjp": (o, None, *base),
         "jvp": (*T, *base),
         "vjp_jvp": (o, lse, None, *T[1:], None, lse, None, None, *base),
     }[kind]
-    needed = [True, True, False, True, True, True][: 2 if kind == "jvp" else None]
+    needed = [True, True, False, True, True, True, False][: 2 if kind == "jvp" else None]
     needed = needed[:5] if kind.startswith("vjp") else needed
     torch.library.opcheck(getattr(OPS, f"attention_{kind}").default, (options, needed, *given))
 

@@ -22,7 +22,7 @@ Results = dict[str, NDArray[Any]]
 
 
 # What each function of the core writes; it adds to dbias, which must hold zeros.
-ROWS = ("o", "m", "log_l", "lse", "max_logit", "entropy")
+ROWS = ("o", "o_full", "m", "log_l", "lse", "max_logit", "entropy")
 GRADIENTS = ("dq", "dk", "dv", "dsinks")
 WRITTEN = {
     "attention_forward": ROWS,
@@ -90,10 +90,10 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def fill(*arrays: NDArray[Any] | None) -> None:
-    """Write NaN over whole arrays."""
+    """Write NaN over whole arrays, also those that hold the bits of bfloat16 or float16."""
     for array in arrays:
         if array is not None:
-            array[...] = np.nan
+            array[...] = np.nan if array.dtype.kind == "f" else 0x7FFF
 
 
 @pytest.fixture(scope="session")

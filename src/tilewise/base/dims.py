@@ -15,10 +15,14 @@ GLOSSARY: Mapping[str, str] = {
     "Nk": "keys and values of one head",
     "D": "entries of one query or key",
     "Dv": "entries of one value",
+    "S": "sequences that are packed one after another",
+    "total_q": "queries of all packed sequences",
+    "total_k": "keys of all packed sequences",
+    "max_k": "keys of the longest packed sequence",
 }
 
 Shape = tuple[str, ...]
-"""A symbolic shape: one letter of the glossary per dimension."""
+"""A symbolic shape: one entry of the glossary per dimension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,10 @@ class Sizes:
         """Return the size of a letter, or None where no argument has bound it."""
         known = self._bound.get(letter)
         return None if known is None else known[0]
+
+    def bind(self, letter: str, size: int, source: str) -> None:
+        """Give a letter the size that follows from an argument other than by its shape."""
+        self._bound[letter] = (size, source)
 
     def match(self, name: str, shapes: tuple[Shape, ...], got: tuple[int, ...]) -> None:
         """Match a shape with the symbolic shape of equal rank, and bind its new letters."""

@@ -6,13 +6,21 @@ import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .dims import Shape, Sizes
-from .dtypes import FloatDType, check_contiguous_last, check_tensor
+from .dtypes import (
+    FLOAT32,
+    FLOATS,
+    FloatDType,
+    check_contiguous_last,
+    check_tensor,
+    compute_dtype,
+    is_narrow,
+)
 from .errors import type_error, value_error
 
 
@@ -35,6 +43,8 @@ class Argument:
         follows_layout: Whether ``layout="bnhd"`` swaps its second and third dimensions.
         broadcast: Whether leading dimensions may be missing and any size may be 1.
         values: A condition on its entries.
+        precision: "storage" is the dtype of the first tensor; "either" may be float32 too where
+            that has 16 bits, and "wide" has to be.
     """
 
     name: str
@@ -43,6 +53,7 @@ class Argument:
     follows_layout: bool = False
     broadcast: bool = False
     values: Values | None = None
+    precision: Literal["storage", "either", "wide"] = "storage"
 
     def in_layout(self, layout: str) -> tuple[Shape, ...]:
         """Return the shapes as the user of a layout writes them."""
@@ -60,7 +71,12 @@ class Argument:
         source: str = "q",
     ) -> NDArray[Any]:
         """Return the array after checking its kind, dtype, shape, strides and entries."""
-        array = check_tensor(operator, self.name, value, like, source)
+        also = None
+        if self.precision != "storage" and like is not None and is_narrow(like):
+            also = FLOAT32
+            if self.precision == "wide":
+                like, source = compute_dtype(like), f"{source} of 16 bits"
+        array = check_tensor(operator, self.name, value, like, source, also, FLOATS)
         if self.broadcast:
             sizes.match_broadcast(self.name, shapes[0], array.shape)
         else:
@@ -171,6 +187,10 @@ class FlatOperator:
         outputs: Names of the arrays that it returns.
         active_outputs: How many of them have derivatives; the first ones, and always needed.
         residuals: Names of what a derivative needs besides inputs and active outputs.
+        narrow_residuals: How many of them, the last ones, there are only where the first input has
+            16 bits; they are None otherwise.
+        narrow_outputs: How many outputs, the first ones, have the dtype of the first input. All
+            others, and the residuals, have at least float32.
         rank: Number of dimensions of the first input.
         shapes: ``(shapes of the inputs, options) -> shapes of outputs and residuals``.
         folds: ``(kind, arrays, options) -> bool``: whether the first dimension of all arguments is
@@ -189,6 +209,8 @@ class FlatOperator:
     outputs: tuple[str, ...]
     active_outputs: int
     residuals: tuple[str, ...]
+    narrow_residuals: int
+    narrow_outputs: int
     rank: int
     shapes: Callable[..., tuple[tuple[int, ...], ...]]
     folds: Callable[..., bool]

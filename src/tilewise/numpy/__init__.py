@@ -10,6 +10,13 @@ from .attention import (
     attention_vjp,
     attention_vjp_jvp,
 )
+from .varlen import (
+    attention_varlen,
+    attention_varlen_forward_jvp,
+    attention_varlen_jvp,
+    attention_varlen_vjp,
+    attention_varlen_vjp_jvp,
+)
 
 __all__ = [
     "AttentionGrads",
@@ -19,6 +26,11 @@ __all__ = [
     "attention",
     "attention_forward_jvp",
     "attention_jvp",
+    "attention_varlen",
+    "attention_varlen_forward_jvp",
+    "attention_varlen_jvp",
+    "attention_varlen_vjp",
+    "attention_varlen_vjp_jvp",
     "attention_vjp",
     "attention_vjp_jvp",
 ]

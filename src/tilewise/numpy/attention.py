@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.base.masks import Mask
+from tilewise.cache import KVCache, attend, refuse_without_cache
 from tilewise.dispatch import choose
 from tilewise.ops.attention.spec import (
     NAME,
     AttentionCall,
     AttentionGrads,
+    AttentionOutputs,
     OutputTangents,
     RowStats,
     Want,
+    laid_out,
     prepare,
     prepare_jvp,
     prepare_tangents,
@@ -34,10 +37,12 @@ class AttentionResult(NamedTuple):
 
     Attributes:
         o: `(B, H, N, Dv)`, or `(B, N, H, Dv)` with `layout="bnhd"`; dtype of q.
-        lse: `(B, H, N)`, dtype of q. Natural log-sum-exp of the logits.
+        lse: `(B, H, N)`, dtype of q, at least float32. Natural log-sum-exp of the logits.
         stats: The same as a pair that keeps its digits, for the derivatives.
-        max_logit: `(B, H, N)`, dtype of q. Largest attended logit, without the sink.
-        entropy: `(B, H, N)`, dtype of q. Entropy of the probabilities, with that of the sink.
+        max_logit: `(B, H, N)`, dtype of lse. Largest attended logit, without the sink.
+        entropy: `(B, H, N)`, dtype of lse. Entropy of the probabilities, with that of the sink.
+        o_full: `o` before it was rounded, in float32, where q has 16 bits; `o` itself otherwise.
+            Returned with stats; the derivatives are more exact where they are given it as `o`.
     """
 
     o: Array
@@ -45,6 +50,7 @@ class AttentionResult(NamedTuple):
     stats: RowStats | None = None
     max_logit: Array | None = None
     entropy: Array | None = None
+    o_full: Array | None = None
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -68,31 +74,37 @@ class AttentionOptions(TypedDict, total=False):
 @overload
 def attention(
     q: Array,
-    k: Array,
-    v: Array,
+    k: Array | None = ...,
+    v: Array | None = ...,
     *,
     return_lse: Literal[False] = ...,
     return_stats: Literal[False] = ...,
     return_max_logit: Literal[False] = ...,
     return_entropy: Literal[False] = ...,
+    cache: KVCache | None = ...,
+    sequences: Any = ...,
+    lengths: Any = ...,
     **options: Unpack[AttentionOptions],
 ) -> Array: ...
 @overload
 def attention(
     q: Array,
-    k: Array,
-    v: Array,
+    k: Array | None = ...,
+    v: Array | None = ...,
     *,
     return_lse: bool = ...,
     return_stats: bool = ...,
     return_max_logit: bool = ...,
     return_entropy: bool = ...,
+    cache: KVCache | None = ...,
+    sequences: Any = ...,
+    lengths: Any = ...,
     **options: Unpack[AttentionOptions],
 ) -> Array | AttentionResult: ...
 def attention(
     q: Array,
-    k: Array,
-    v: Array,
+    k: Array | None = None,
+    v: Array | None = None,
     *,
     mask: Mask | NDArray[np.bool_] | None = None,
     bias: Array | None = None,
@@ -108,6 +120,9 @@ def attention(
     return_max_logit: bool = False,
     return_entropy: bool = False,
     implementation: str | None = None,
+    cache: KVCache | None = None,
+    sequences: Any = None,
+    lengths: Any = None,
 ) -> Array | AttentionResult:
     r"""Compute softmax attention.
 
@@ -116,12 +131,14 @@ def attention(
     without keys has `o = 0` and `lse = -inf`.
 
     Args:
-        q: `(B, H, N, D)`, float32 or float64. D is at most 512.
+        q: `(B, H, N, D)`, float64, float32, float16 or `ml_dtypes.bfloat16`. Sums are float32
+            for the latter two. D is at most 512.
         k: `(B, Hk, Nk, D)`, dtype of q. Hk must divide H; head h reads head `h // (H // Hk)`.
         v: `(B, Hk, Nk, Dv)`, dtype of q. Dv is at most 512.
         mask: A mask such as `tilewise.causal()`, or a boolean array that broadcasts to
             `(B, H, N, Nk)`; True lets query i see key j.
-        bias: Broadcasts to `(B, H, N, Nk)`, dtype of q. Added to the logits.
+        bias: Broadcasts to `(B, H, N, Nk)`, dtype of q; where q has 16 bits, also float32, as
+            alibi_slopes and sinks. Added to the logits.
         alibi_slopes: `(H,)` or `(B, H)`, dtype of q. `slope |i + Nk - N - j|` is subtracted.
         softcap: c > 0: a logit x becomes `c tanh(x / c)`, before the bias and the mask.
         sinks: `(H,)`, dtype of q. One extra logit per head, in the denominator only; -inf is none.
@@ -133,11 +150,17 @@ def attention(
         layout: `"bhnd"`, or `"bnhd"` for tensors `(B, N, H, D)`; bias and row statistics keep
             their order.
         return_lse: Return also `lse = log sum exp s`, with the sink.
-        return_stats: Return also the pair `RowStats(m, log_l)` that the derivatives take.
+        return_stats: Return also what the derivatives take: the pair `RowStats(m, log_l)` and
+            `o_full`.
         return_max_logit: Return also the largest attended logit of each row.
         return_entropy: Return also the entropy of each row's probabilities.
         implementation: Name of the implementation, which never falls back to another; by default
             the first that serves the call.
+        cache: A `tilewise.KVCache`. k and v, where given, are appended to sequences of it; then q
+            attends to all that these hold. Without dropout and derivatives; see docs/cache.md.
+        sequences: Which sequences of the cache, in the order of the batch; all by default.
+        lengths: `(B,)` integers, with a cache: how many rows of q, k and v are real. Those behind
+            them are not appended, and their o is 0.
 
     Returns:
         `o`, in the layout of q and its dtype; or an `AttentionResult` where more was asked for.
@@ -156,37 +179,42 @@ def attention(
         sinks: Xiao et al. 2023 (arXiv:2309.17453), equation 2, with a learned logit in place of 0;
         dropout: Salmon et al. 2011, Philox4x32-10.
     """
-    call = prepare(
-        q,
-        k,
-        v,
-        mask=mask,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        softmax_scale=softmax_scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-    )
-    want = Want(return_lse, return_max_logit, return_entropy)
-    outputs = choose(NAME, call, implementation).forward(call, want)
-    o = _swapped(outputs.o, call)
+    options: dict[str, Any] = {
+        "mask": mask,
+        "bias": bias,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap,
+        "sinks": sinks,
+        "softmax_scale": softmax_scale,
+        "dropout_p": dropout_p,
+        "seed": seed,
+        "layout": layout,
+    }
+    want = Want(return_lse, return_max_logit, return_entropy, return_stats)
+    if cache is None:
+        refuse_without_cache(sequences, lengths)
+        call = prepare(q, k, v, **options)
+        outputs = choose(NAME, call, implementation).forward(call, want)
+    else:
+        options |= {"sequences": sequences, "lengths": lengths, "implementation": implementation}
+        call, outputs = attend(cache, q, k, v, want=want, **options)
     if not (return_lse or return_stats or return_max_logit or return_entropy):
-        return o
-    stats = outputs.stats if return_stats else None
-    return AttentionResult(o, outputs.lse, stats, outputs.max_logit, outputs.entropy)
+        return laid_out(outputs.o, call.layout)
+    return result_of(call, outputs, with_stats=return_stats)
 
 
-def _with_options(function: Function) -> Function:
-    """Show the options of attention by name in the signature of a function that takes them all."""
+def with_options(function: Function, names: Iterable[str]) -> Function:
+    """Show options of attention by name in the signature of a function that takes them."""
     shown = inspect.signature(function)
     own = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
     every = inspect.signature(attention).parameters
-    options = [every[name] for name in AttentionOptions.__annotations__]
+    options = [every[name] for name in names]
     function.__signature__ = shown.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     return function
+
+
+def _with_options(function: Function) -> Function:
+    return with_options(function, AttentionOptions.__annotations__)
 
 
 @_with_options
@@ -211,13 +239,13 @@ def attention_vjp(
 
     Args:
         do: `(B, H, N, Dv)`, dtype of q. Cotangent of o; None is zero.
-        q: `(B, H, N, D)`, float32 or float64, as in the forward pass.
+        q: `(B, H, N, D)`, as in the forward pass.
         k: `(B, Hk, Nk, D)`, dtype of q.
         v: `(B, Hk, Nk, Dv)`, dtype of q.
-        o: `(B, H, N, Dv)`, dtype of q. Output of the forward pass.
+        o: `(B, H, N, Dv)`. Output of the forward pass; of 16 bits rather `o_full`, in float32.
         stats: `RowStats` of the forward pass, or its lse `(B, H, N)`; the pair is more accurate
             where logits are large. Those of a larger softmax give the gradients of this part.
-        dlse: `(B, H, N)`, dtype of q. Cotangent of lse; zero by default.
+        dlse: `(B, H, N)`, dtype of lse. Cotangent of lse; zero by default.
         **options: Those of `attention`, as in the forward pass.
 
     Returns:
@@ -236,7 +264,7 @@ def attention_vjp(
         Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
     """
     call, function = _prepared("vjp", q, k, v, options)
-    return _laid_out(function(call, prepare_vjp(call, do, o, stats, dlse)), call)
+    return grads_of(call, function(call, prepare_vjp(call, do, o, stats, dlse)))
 
 
 @_with_options
@@ -265,17 +293,17 @@ def attention_jvp(
         tq: `(B, H, N, D)`, dtype of q. Tangent of q; None is zero, here and below.
         tk: `(B, Hk, Nk, D)`, dtype of q. Tangent of k.
         tv: `(B, Hk, Nk, Dv)`, dtype of q. Tangent of v.
-        q: `(B, H, N, D)`, float32 or float64, as in the forward pass.
+        q: `(B, H, N, D)`, as in the forward pass.
         k: `(B, Hk, Nk, D)`, dtype of q.
         v: `(B, Hk, Nk, Dv)`, dtype of q.
-        o: `(B, H, N, Dv)`, dtype of q. Output of the forward pass.
+        o: `(B, H, N, Dv)`. Output of the forward pass; of 16 bits rather `o_full`, in float32.
         stats: `RowStats` of the forward pass, or its lse `(B, H, N)`.
-        tbias: Exactly the shape of bias, dtype of q. Tangent of bias.
-        tsinks: `(H,)`, dtype of q. Tangent of sinks.
+        tbias: Exactly the shape of bias, and one of its dtypes. Tangent of bias.
+        tsinks: `(H,)`, a dtype that sinks may have. Tangent of sinks.
         **options: Those of `attention`, as in the forward pass.
 
     Returns:
-        `to`, in the layout of q, and `tlse`, `(B, H, N)`; both in the dtype of q.
+        `to`, in the layout and dtype of q, and `tlse`, `(B, H, N)`, in the dtype of lse.
 
     Raises:
         TypeError: An argument has a wrong kind or dtype.
@@ -284,8 +312,7 @@ def attention_jvp(
     """
     call, function = _prepared("jvp", q, k, v, options)
     tangents = prepare_jvp(call, tq, tk, tv, o, stats, tbias, tsinks)
-    to, tlse = function(call, tangents)
-    return OutputTangents(_swapped(to, call), tlse)
+    return tangents_of(call, function(call, tangents))
 
 
 @_with_options
@@ -311,15 +338,15 @@ def attention_forward_jvp(
         tq: `(B, H, N, D)`, dtype of q. Tangent of q; None is zero, here and below.
         tk: `(B, Hk, Nk, D)`, dtype of q. Tangent of k.
         tv: `(B, Hk, Nk, Dv)`, dtype of q. Tangent of v.
-        q: `(B, H, N, D)`, float32 or float64.
+        q: `(B, H, N, D)`, as for `attention`.
         k: `(B, Hk, Nk, D)`, dtype of q.
         v: `(B, Hk, Nk, Dv)`, dtype of q.
-        tbias: Exactly the shape of bias, dtype of q. Tangent of bias.
-        tsinks: `(H,)`, dtype of q. Tangent of sinks.
+        tbias: Exactly the shape of bias, and one of its dtypes. Tangent of bias.
+        tsinks: `(H,)`, a dtype that sinks may have. Tangent of sinks.
         **options: Those of `attention`.
 
     Returns:
-        The result with `o`, `lse` and `stats`, and their tangents `(to, tlse)`.
+        The result with `o`, `lse`, `stats` and `o_full`, and their tangents `(to, tlse)`.
 
     Raises:
         TypeError: An argument has a wrong kind or dtype.
@@ -328,9 +355,8 @@ def attention_forward_jvp(
     """
     call, function = _prepared("forward_jvp", q, k, v, options)
     tangents = prepare_tangents(call, tq, tk, tv, tbias, tsinks)
-    outputs, (to, tlse) = function(call, Want(lse=True), tangents)
-    result = AttentionResult(_swapped(outputs.o, call), outputs.lse, outputs.stats)
-    return result, OutputTangents(_swapped(to, call), tlse)
+    outputs, moved = function(call, Want(lse=True, o_full=True), tangents)
+    return result_of(call, outputs), tangents_of(call, moved)
 
 
 @_with_options
@@ -369,19 +395,20 @@ def attention_vjp_jvp(
         tq: `(B, H, N, D)`, dtype of q. Tangent of q.
         tk: `(B, Hk, Nk, D)`, dtype of q. Tangent of k.
         tv: `(B, Hk, Nk, Dv)`, dtype of q. Tangent of v.
-        q: `(B, H, N, D)`, float32 or float64, as in the forward pass.
+        q: `(B, H, N, D)`, as in the forward pass.
         k: `(B, Hk, Nk, D)`, dtype of q.
         v: `(B, Hk, Nk, Dv)`, dtype of q.
-        o: `(B, H, N, Dv)`, dtype of q. Output of the forward pass.
+        o: `(B, H, N, Dv)`. Output of the forward pass; of 16 bits rather `o_full`, in float32.
         stats: `RowStats` of the forward pass, or its lse `(B, H, N)`.
-        dlse: `(B, H, N)`, dtype of q. Cotangent of lse.
-        tbias: Exactly the shape of bias, dtype of q. Tangent of bias.
-        tsinks: `(H,)`, dtype of q. Tangent of sinks.
+        dlse: `(B, H, N)`, dtype of lse. Cotangent of lse.
+        tbias: Exactly the shape of bias, and one of its dtypes. Tangent of bias.
+        tsinks: `(H,)`, a dtype that sinks may have. Tangent of sinks.
         tdo: `(B, H, N, Dv)`, dtype of q. Tangent of do.
-        tdlse: `(B, H, N)`, dtype of q. Tangent of dlse.
-        to: `(B, H, N, Dv)`, dtype of q. What `attention_jvp` returned for the same tangents, with
-            tlse; they are computed where they are not given.
-        tlse: `(B, H, N)`, dtype of q.
+        tdlse: `(B, H, N)`, dtype of lse. Tangent of dlse.
+        to: `(B, H, N, Dv)`, dtype of q or float32. What `attention_jvp` returned for the same
+            tangents, with tlse; they are computed where they are not given, and more exactly than
+            in 16 bits.
+        tlse: `(B, H, N)`, dtype of lse.
         **options: Those of `attention`, as in the forward pass.
 
     Returns:
@@ -397,27 +424,66 @@ def attention_vjp_jvp(
     second = prepare_vjp_jvp(
         call, do, tq, tk, tv, o, stats, dlse, tbias, tsinks, tdo, tdlse, outputs
     )
-    return _laid_out(function(call, second), call)
+    return grads_of(call, function(call, second))
 
 
 def _prepared(
     name: str, q: Array, k: Array, v: Array, options: AttentionOptions
 ) -> tuple[AttentionCall, Callable[..., Any]]:
-    """Return the validated call and the function that serves it."""
-    for option in options.keys() - AttentionOptions.__annotations__.keys():
-        raise TypeError(f"attention_{name}() got an unexpected keyword argument {option!r}")
-    arguments: dict[str, Any] = {**options}
-    implementation = arguments.pop("implementation", None)
-    call = prepare(q, k, v, **arguments)
+    return prepared(f"attention_{name}", name, (q, k, v), {**options}, AttentionOptions)
+
+
+def prepared(
+    shown: str,
+    name: str,
+    tensors: tuple[Array, Array, Array],
+    options: dict[str, Any],
+    known: type,
+    cu_seqlens: tuple[object, object] | None = None,
+) -> tuple[AttentionCall, Callable[..., Any]]:
+    """Return the validated call and the function that serves it.
+
+    Args:
+        shown: The name of the public function.
+        name: That of the implementations' function.
+        tensors: q, k, v.
+        options: The keyword arguments.
+        known: The TypedDict of those that there are.
+        cu_seqlens: The boundaries of packed sequences.
+    """
+    for option in options.keys() - known.__annotations__.keys():
+        raise TypeError(f"{shown}() got an unexpected keyword argument {option!r}")
+    implementation = options.pop("implementation", None)
+    call = prepare(*tensors, cu_seqlens=cu_seqlens, **options)
     function: Callable[..., Any] = getattr(choose(NAME, call, implementation, name), name)
     return call, function
 
 
-def _laid_out(grads: AttentionGrads, call: AttentionCall) -> AttentionGrads:
+def result_of(
+    call: AttentionCall, outputs: AttentionOutputs, *, with_stats: bool = True
+) -> AttentionResult:
+    """Return results in the layout of the user's tensors."""
+    o, stats, lse, max_logit, entropy, o_full = outputs
+    of_rows = (stats.m, stats.log_l, lse, max_logit, entropy)
+    m, log_l, lse, max_logit, entropy = (rows_of(call, x) for x in of_rows)
+    result = AttentionResult(laid_out(o, call.layout), lse, None, max_logit, entropy)
+    if not with_stats or o_full is None:
+        return result
+    full = result.o if o_full is o else laid_out(o_full, call.layout)
+    return result._replace(stats=RowStats(m, log_l), o_full=full)
+
+
+def grads_of(call: AttentionCall, grads: AttentionGrads) -> AttentionGrads:
     """Return gradients in the layout of the user's tensors."""
-    dq, dk, dv = (_swapped(grad, call) for grad in grads[:3])
+    dq, dk, dv = (laid_out(grad, call.layout) for grad in grads[:3])
     return AttentionGrads(dq, dk, dv, grads.dbias, grads.dsinks)
 
 
-def _swapped(x: Array, call: AttentionCall) -> Array:
-    return x if call.layout == "bhnd" else x.swapaxes(1, 2)
+def tangents_of(call: AttentionCall, moved: OutputTangents) -> OutputTangents:
+    """Return tangents of the outputs in the layout of the user's tensors."""
+    return OutputTangents(laid_out(moved.to, call.layout), rows_of(call, moved.tlse))
+
+
+def rows_of(call: AttentionCall, x: Any) -> Any:
+    """Return `(B, H, N)` statistics; packed sequences have no batch."""
+    return x if x is None or call.sequences is None else x[0]

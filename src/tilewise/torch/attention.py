@@ -10,32 +10,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tilewise.base.dims import show
 from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.base.literals import DENSE, ROWS, to_literal
 from tilewise.base.masks import Mask, PackedBits, RowIntervals
+from tilewise.cache import KVCache, refuse_without_cache
 from tilewise.ops.attention.record import FLAT, MASK_ARRAYS
+from tilewise.ops.attention.spec import Want
 from tilewise.ops.attention.spec.arguments import (
     DROPOUT,
-    LAYOUTS,
     NAME,
-    QUERY,
     SCALE,
-    SEED,
     SOFTCAP,
 )
 
 from .autodiff import forward, is_traced, register
+from .cache import cached_attention
+from .checks import autocast, check_tensors, seed_of, shown
 
 register(FLAT)
 
-_WIDE = (torch.float32, torch.float64)
-_NARROW = (torch.bfloat16, torch.float16)
 # PyTorch 2.6 may lack it.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _MASK_TEXTS = {torch.bool: DENSE, torch.int32: ROWS}
-_TENSORS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
-_REQUIRED = ("q", "k", "v")
 _MASKS = (Mask, RowIntervals, PackedBits)
 
 
@@ -73,29 +69,35 @@ class AttentionOptions(TypedDict, total=False):
 @overload
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
     *,
     return_lse: Literal[False] = ...,
     return_max_logit: Literal[False] = ...,
     return_entropy: Literal[False] = ...,
+    cache: KVCache | None = ...,
+    sequences: Any = ...,
+    lengths: Any = ...,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 @overload
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
     *,
     return_lse: bool = ...,
     return_max_logit: bool = ...,
     return_entropy: bool = ...,
+    cache: KVCache | None = ...,
+    sequences: Any = ...,
+    lengths: Any = ...,
     **options: Unpack[AttentionOptions],
 ) -> Tensor | AttentionResult: ...
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     mask: Mask | RowIntervals | PackedBits | Tensor | NDArray[np.bool_] | None = None,
     bias: Tensor | None = None,
@@ -110,6 +112,9 @@ def attention(
     return_max_logit: bool = False,
     return_entropy: bool = False,
     implementation: str | None = None,
+    cache: KVCache | None = None,
+    sequences: Any = None,
+    lengths: Any = None,
 ) -> Tensor | AttentionResult:
     r"""Compute softmax attention, with derivatives of first and second order.
 
@@ -122,8 +127,9 @@ def attention(
     `torch.compile(fullgraph=True)` and `torch.export`. Nothing of size N x Nk is saved.
 
     Args:
-        q: `(B, H, N, D)`, float64, float32, bfloat16 or float16; the latter two are computed in
-            float32. D is at most 512. Under autocast, q, k, v and bias are cast first.
+        q: `(B, H, N, D)`, float64, float32, bfloat16 or float16. Sums are float32 for the latter
+            two, and bfloat16 needs the package ml_dtypes. D is at most 512. Under autocast, q, k,
+            v and bias are cast first.
         k: `(B, Hk, Nk, D)`, dtype of q. Hk must divide H; head h reads head `h // (H // Hk)`.
         v: `(B, Hk, Nk, Dv)`, dtype of q. Dv is at most 512.
         mask: A mask such as `tilewise.causal()`, or a boolean tensor or array that broadcasts to
@@ -147,6 +153,12 @@ def attention(
         return_entropy: Return also the entropy of each row's probabilities. Has no gradient.
         implementation: Name of the implementation, which never falls back to another; by default
             the first that serves the call.
+        cache: A `tilewise.KVCache`. k and v, where given, are appended to sequences of it; then q
+            attends to all that these hold. Without dropout and derivatives, and torch.compile
+            leaves the graph; see docs/cache.md.
+        sequences: Which sequences of the cache, in the order of the batch; all by default.
+        lengths: `(B,)` integers, with a cache: how many rows of q, k and v are real. Those behind
+            them are not appended, and their o is 0.
 
     Returns:
         `o`, in the layout of q and its dtype; or an `AttentionResult` where more was asked for.
@@ -162,33 +174,56 @@ def attention(
     Source:
         As for `tilewise.numpy.attention`, which computes the same bits.
     """
+    if cache is not None:
+        found = cached_attention(
+            cache,
+            q,
+            k,
+            v,
+            want=Want(return_lse, return_max_logit, return_entropy),
+            sequences=sequences,
+            lengths=lengths,
+            mask=mask,
+            bias=bias,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sinks=sinks,
+            softmax_scale=softmax_scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            layout=layout,
+            implementation=implementation,
+        )
+        more = return_lse or return_max_logit or return_entropy
+        return AttentionResult(*found) if more else found[0]
+    refuse_without_cache(sequences, lengths)
     if torch.is_autocast_enabled("cpu"):
-        q, k, v, bias = _autocast(q, k, v, bias)
-    dtype = _check(q, k, v, bias, sinks, alibi_slopes, layout)
-    if dtype not in _WIDE:
-        q, k, v, bias, sinks, alibi_slopes = [
-            t if t is None else t.float() for t in (q, k, v, bias, sinks, alibi_slopes)
-        ]
+        q, k, v, bias = autocast(q, k, v, bias)
+    check_tensors(NAME, q, k, v, bias, sinks, alibi_slopes, layout)
     if softcap is not None:
         softcap = SOFTCAP.check(NAME, softcap)
     if softmax_scale is not None:
         softmax_scale = SCALE.check(NAME, softmax_scale)
     if dropout_p != 0.0 or seed is not None:
         dropout_p = DROPOUT.check(NAME, dropout_p)
-        seed = _seed(seed, dropout_p)
+        seed = seed_of(NAME, seed, dropout_p)
     text, arrays = (None, ()) if mask is None else _mask(mask, q, k, layout)
-    write = _options if torch.compiler.is_compiling() else _known_options
-    options = write(text, softcap, softmax_scale, dropout_p, layout, implementation)
+    options = literal(text, softcap, softmax_scale, dropout_p, layout, implementation)
     inputs: tuple[Any, ...] = (q, k, v)
     if arrays or not (bias is sinks is alibi_slopes is seed is None):
-        inputs = (q, k, v, bias, sinks, alibi_slopes, seed, *arrays)
+        inputs = (q, k, v, bias, sinks, alibi_slopes, seed, None, None, *arrays)
     needed = (True, True, bool(return_max_logit), bool(return_entropy))
     o, lse, max_logit, entropy = forward(FLAT, inputs, options, needed)
-    if dtype not in _WIDE:
-        o = o.to(dtype)
     if not (return_lse or return_max_logit or return_entropy):
         return o
     return AttentionResult(o, lse if return_lse else None, max_logit, entropy)
+
+
+def literal(*options: Any) -> str:
+    """Return what is not a tensor as the text of a dictionary, see `_options`."""
+    # torch.compile warns of a cache.
+    write = _options if torch.compiler.is_compiling() else _known_options
+    return write(*options)
 
 
 def _options(
@@ -206,82 +241,8 @@ def _options(
     )
 
 
-# torch.compile warns of a cache. Typed, because 1, 1.0 and True are one key otherwise.
+# Typed, because 1, 1.0 and True are one key otherwise.
 _known_options = lru_cache(maxsize=256, typed=True)(_options)
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast as autocast does for torch.nn.functional.scaled_dot_product_attention."""
-    dtype = torch.get_autocast_dtype("cpu")
-    casts = (*_NARROW, torch.float32)
-    return tuple(
-        [t.to(dtype) if isinstance(t, Tensor) and t.dtype in casts else t for t in tensors]
-    )
-
-
-def _check(
-    q: Any, k: Any, v: Any, bias: Any, sinks: Any, alibi_slopes: Any, layout: object
-) -> torch.dtype:
-    """Return the dtype of q after checking what shapes and values say nothing about."""
-    dtype, cpu = None, True
-    given = (q, k, v, bias, sinks, alibi_slopes)
-    for name, tensor in zip(_TENSORS, given, strict=True):
-        if tensor is None and name not in _REQUIRED:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise type_error(NAME, name, "be a torch.Tensor", type(tensor).__name__)
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
-            raise type_error(NAME, name, "be a dense tensor", got)
-        if dtype is None:
-            dtype, cpu = _first(tensor), tensor.is_cpu
-        elif tensor.dtype is not dtype and not (
-            dtype in _NARROW and tensor.dtype is torch.float32 and name not in _REQUIRED
-        ):
-            requirement = f"have dtype {_shown(dtype)} (from q)"
-            raise type_error(NAME, name, requirement, _shown(tensor.dtype))
-        elif tensor.is_cpu is not cpu:
-            raise value_error(NAME, name, f"be on {q.device} (as q)", str(tensor.device))
-    if layout not in LAYOUTS:
-        raise value_error(NAME, "layout", f"be {' or '.join(map(repr, LAYOUTS))}", repr(layout))
-    if q.ndim != FLAT.rank:
-        wanted = show(QUERY.in_layout(str(layout))[0])
-        raise value_error(NAME, "q", f"have shape {wanted}", tuple(q.shape))
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
-        requirement = "be without requires_grad, for it has no gradient (pass it detached)"
-        raise value_error(NAME, "alibi_slopes", requirement, "requires_grad=True")
-    return dtype
-
-
-def _first(q: Tensor) -> torch.dtype:
-    """Return the dtype of q, which the other tensors must have too."""
-    dtype = q.dtype
-    if dtype not in _WIDE and dtype not in _NARROW:
-        requirement = "have dtype float64, float32, bfloat16 or float16"
-        raise type_error(NAME, "q", requirement, _shown(dtype))
-    if not q.is_cpu and q.device.type != "meta":
-        raise unsupported(NAME, f"there is no implementation for device {q.device} yet")
-    return dtype
-
-
-def _shown(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _seed(seed: Any, dropout_p: float) -> Tensor | None:
-    """Return the seed as a tensor, which a graph takes as an input and not as a constant."""
-    if isinstance(seed, Tensor):
-        if seed.dtype is not torch.int64 or seed.ndim != 0:
-            got = f"shape {tuple(seed.shape)} of {_shown(seed.dtype)}"
-            raise type_error(NAME, "seed", "be an integer or an int64 tensor of shape ()", got)
-        return seed if dropout_p > 0 else None
-    if seed is not None:
-        seed = SEED.check(NAME, seed)
-    if dropout_p == 0:
-        return None
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64)
-    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64)
 
 
 def _mask(mask: Any, q: Tensor, k: Tensor, layout: str) -> tuple[str, tuple[Tensor, ...]]:
@@ -297,7 +258,7 @@ def _mask(mask: Any, q: Tensor, k: Tensor, layout: str) -> tuple[str, tuple[Tens
         requirement = "be a tilewise mask or a boolean tensor"
         raise type_error(NAME, "mask", requirement, type(mask).__name__)
     if mask.dtype not in _MASK_TEXTS:
-        got = f"a tensor of {_shown(mask.dtype)}"
+        got = f"a tensor of {shown(mask.dtype)}"
         requirement = "be a tilewise mask or a boolean tensor (a mask that is added is a bias)"
         raise type_error(NAME, "mask", requirement, got)
     if mask.device != q.device:

@@ -22,9 +22,12 @@ from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.autograd import Function, forward_ad
 
+from tilewise.base.dtypes import bfloat16, is_bfloat16
 from tilewise.base.errors import unsupported
 from tilewise.base.operator import KINDS, FlatOperator
 from tilewise.dispatch import evaluate
@@ -78,13 +81,27 @@ class Kernel:
             flat = (*flat, *(None,) * (len(self.operator.inputs) - len(flat)))
         return self.operator.split(self.kind, flat)
 
-    def complete(self, needed: tuple[bool, ...]) -> tuple[bool, ...]:
-        """Return which results are needed, with the residuals that were left out."""
-        return needed + (True,) * (self.results - len(needed))
+    def complete(self, needed: tuple[bool, ...], *, narrow: bool) -> tuple[bool, ...]:
+        """Return which results are needed, with the residuals that were left out.
+
+        Args:
+            needed: Which results are needed.
+            narrow: Whether those that there are only with 16 bits are needed.
+        """
+        missing = self.results - len(needed)
+        if missing == 0:
+            return needed
+        last = self.operator.narrow_residuals
+        return needed + (True,) * (missing - last) + (narrow,) * last
+
+    @cached_property
+    def first(self) -> int:
+        """Return where the inputs of the operator begin among the arguments."""
+        return self.operator.first[self.kind]
 
     def first_input(self, tensors: Tensors) -> Any:
         """Return the first input of the operator among the arguments."""
-        return tensors[self.operator.first[self.kind]]
+        return tensors[self.first]
 
 
 def register(operator: FlatOperator) -> None:
@@ -151,11 +168,30 @@ def _parsed(options: str) -> Mapping[str, Any]:
 
 def _run(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Run a function on the memory of the tensors; None stands for a result that is not needed."""
-    arrays = [t if t is None else t.numpy(force=True) for t in tensors]
+    if tensors[kernel.first].dtype is torch.bfloat16:
+        dtype = bfloat16(kernel.operator.name)
+        arrays = [t if t is None else _array(t, dtype) for t in tensors]
+        make = _tensor
+    else:
+        arrays = [t if t is None else t.numpy(force=True) for t in tensors]
+        make = torch.from_numpy
     out = evaluate(kernel.operator, kernel.kind, arrays, _parsed(options), needed)
-    return tuple(
-        [torch.from_numpy(a) if wanted else None for a, wanted in zip(out, needed, strict=True)]
-    )
+    return tuple([make(a) if wanted else None for a, wanted in zip(out, needed, strict=True)])
+
+
+def _array(tensor: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the memory of a tensor as an array, also that of bfloat16, which NumPy lacks."""
+    if tensor.dtype is not torch.bfloat16:
+        array: NDArray[Any] = tensor.numpy(force=True)
+        return array
+    bits: NDArray[Any] = tensor.detach().view(torch.int16).numpy(force=True)
+    return bits.view(dtype)
+
+
+def _tensor(array: Any) -> Any:
+    if not is_bfloat16(array.dtype):
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
@@ -166,13 +202,20 @@ def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any)
         given = [None if t is None else tuple(t.shape[extra:]) for t in tensors]
         leading = tuple(first.shape[:extra])
         shapes = [leading + shape for shape in operator.shapes(given, _parsed(options))]
+        wide = torch.float32 if _is_narrow(first) else first.dtype
+        dtypes = [first.dtype] * operator.narrow_outputs
+        dtypes += [wide] * (len(shapes) - len(dtypes))
     else:
         *_, inputs, outputs, _ = kernel.split(tensors)
         like = outputs if kernel.kind == "jvp" else inputs[: operator.active_inputs]
         shapes = [() if t is None else tuple(t.shape) for t in like]
-    return tuple(
-        [first.new_empty(s) if wanted else None for s, wanted in zip(shapes, needed, strict=True)]
-    )
+        dtypes = [first.dtype if t is None else t.dtype for t in like]
+    results = zip(shapes, dtypes, needed, strict=True)
+    return tuple([first.new_empty(s, dtype=d) if wanted else None for s, d, wanted in results])
+
+
+def _is_narrow(tensor: Any) -> bool:
+    return bool(tensor.dtype.itemsize == 2)
 
 
 def _differentiable(
@@ -196,7 +239,8 @@ class Door(Function):  # type: ignore[misc]
             reason = "torch.jit.trace is not served; use torch.export"
             raise unsupported(kernel.operator.name, reason)
         if _are_functorch_transforms_active():
-            needed, given = kernel.complete(needed), _complete(kernel, given)
+            needed = kernel.complete(needed, narrow=_is_narrow(kernel.first_input(given)))
+            given = _complete(kernel, given)
             return super().apply(kernel, options, needed, *given)
         differentiable = forward_ad._current_level >= 0
         eager = not _len_torch_dispatch_stack()
@@ -216,10 +260,11 @@ class Door(Function):  # type: ignore[misc]
                     differentiable = torch.is_grad_enabled()
             tensors.append(t)
         if not eager:
-            needed, given = kernel.complete(needed), _complete(kernel, tensors)
+            needed = kernel.complete(needed, narrow=_is_narrow(kernel.first_input(given)))
+            given = _complete(kernel, tensors)
             return super().apply(kernel, options, needed, *given)
         if not differentiable:
-            return _run(kernel, options, kernel.complete(needed), *tensors)
+            return _run(kernel, options, kernel.complete(needed, narrow=False), *tensors)
         return _apply_eagerly(kernel, options, needed, *tensors)
 
     @staticmethod
@@ -318,7 +363,8 @@ class _EagerDoor(Function):  # type: ignore[misc]
         ctx: Any, kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
     ) -> Tensors:
         """Run the function."""
-        out = _run(kernel, options, kernel.complete(needed), *tensors)
+        every = kernel.complete(needed, narrow=_is_narrow(kernel.first_input(tensors)))
+        out = _run(kernel, options, every, *tensors)
         returned = out[: len(needed)]
         saved = _save(ctx, kernel, options, needed, tensors, out, returned)
         if forward_ad._current_level >= 0:

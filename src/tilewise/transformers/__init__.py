@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from ._attention import MAKES_MASKS, attention_forward
+from ._cache import contiguous_cache
 from ._masks import as_attention_mask, attention_mask
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "as_attention_mask",
     "attention_forward",
     "attention_mask",
+    "contiguous_cache",
     "register",
 ]
 

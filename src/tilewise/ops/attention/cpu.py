@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise import _core
+from tilewise.base.dtypes import FLOAT32, FloatDType, is_narrow, storage_of
 from tilewise.base.masks import PackedBits, RowIntervals
 from tilewise.base.operator import Implementation
 
@@ -32,26 +33,20 @@ Array = NDArray[Any]
 def forward(call: AttentionCall, want: Want) -> AttentionOutputs:
     """Compute attention tile by tile; `o` is a `(B, H, N, Dv)` view in the layout of the call."""
     found = _results(call, want)
-    _core.attention_forward(call.q, call.k, call.v, **found, **_options(call))
-    return _outputs(found)
+    _core.attention_forward(**_given(call, found), **_options(call))
+    return _outputs(call, found)
 
 
 def forward_jvp(
     call: AttentionCall, want: Want, tangents: InputTangents
 ) -> tuple[AttentionOutputs, OutputTangents]:
     """Compute attention and the tangents of o and lse in one pass over the keys."""
-    found, moved = _results(call, want), _output_tangents(call)
+    found, moved = _results(call, want), _output_tangents(call, call.dtype)
     _core.attention_forward_jvp(
-        call.q,
-        call.k,
-        call.v,
-        **found,
-        **_tangents(tangents),
-        to=moved.to,
-        tlse=moved.tlse,
+        **_given(call, {**found, **_tangents(tangents), **moved._asdict()}),
         **_options(call),
     )
-    return _outputs(found), moved
+    return _outputs(call, found), moved
 
 
 def vjp(
@@ -60,68 +55,86 @@ def vjp(
     """Compute the gradients tile by tile, in the layout of the call."""
     found = _gradients(call, needed)
     _core.attention_vjp(
-        call.q, call.k, call.v, **_cotangents(call, cotangents), **found, **_options(call)
+        **_given(call, {**_cotangents(call, cotangents), **found}),
+        **_options(call),
     )
     return _shaped(call, found)
 
 
 def jvp(call: AttentionCall, tangents: TangentCall) -> OutputTangents:
     """Compute the tangents of o and lse tile by tile, in the layout of the call."""
-    moved = _output_tangents(call)
-    _core.attention_jvp(
-        call.q,
-        call.k,
-        call.v,
-        **_saved(tangents.o, tangents.stats),
-        **_tangents(tangents),
-        to=moved.to,
-        tlse=moved.tlse,
-        **_options(call),
-    )
-    return moved
+    return _jvp(call, tangents, call.dtype)
 
 
 def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> AttentionGrads:
     """Compute the tangents of the gradients tile by tile, in the layout of the call."""
-    to, tlse = second.outputs or jvp(call, second.tangents)
+    moved = second.outputs or _jvp(call, second.tangents, call.compute_dtype)
     found = _gradients(call, needed)
-    _core.attention_vjp_jvp(
-        call.q,
-        call.k,
-        call.v,
+    arrays = {
         **_cotangents(call, second.cotangents),
         **_tangents(second.tangents),
-        to=to,
-        tlse=np.ascontiguousarray(tlse),
-        tdo=second.tdo,
-        tdlse=_contiguous(second.tdlse),
+        "to": moved.to,
+        "tlse": np.ascontiguousarray(moved.tlse),
+        "tdo": second.tdo,
+        "tdlse": _contiguous(second.tdlse),
         **found,
-        **_options(call),
-    )
+    }
+    _core.attention_vjp_jvp(**_given(call, arrays), **_options(call))
     return _shaped(call, found)
+
+
+def _jvp(call: AttentionCall, tangents: TangentCall, dtype: FloatDType) -> OutputTangents:
+    """Compute the tangents of o, in a dtype, and of lse."""
+    moved = _output_tangents(call, dtype)
+    arrays = {
+        **_saved(tangents.o, tangents.stats),
+        **_tangents(tangents),
+        **moved._asdict(),
+    }
+    _core.attention_jvp(**_given(call, arrays), **_options(call))
+    return moved
+
+
+def _given(call: AttentionCall, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return q k v and other arrays as the kernels take them: those of 16 bits as such."""
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **arrays}
+    return {name: _bits(x) for name, x in arrays.items()} if call.is_narrow else arrays
+
+
+def _bits(x: Array | None) -> Array | None:
+    return x.view(np.uint16) if x is not None and is_narrow(x.dtype) else x
+
+
+def _wide(x: Array | None) -> Array | None:
+    """Return an array of one number per head, which the kernels never take in 16 bits."""
+    return x.astype(np.float32) if x is not None and is_narrow(x.dtype) else x
 
 
 def _results(call: AttentionCall, want: Want) -> dict[str, Any]:
     """Return the arrays into which a forward pass writes."""
-    rows = (call.B, call.H, call.N)
-    return {
+    rows, dtype = (call.B, call.H, call.N), call.compute_dtype
+    found = {
         "o": _empty(call, call.H, call.N, call.Dv),
-        "m": np.empty(rows, call.dtype),
-        "log_l": np.empty(rows, call.dtype),
-        "lse": np.empty(rows, call.dtype) if want.lse else None,
-        "max_logit": np.empty(rows, call.dtype) if want.max_logit else None,
-        "entropy": np.empty(rows, call.dtype) if want.entropy else None,
+        "m": np.empty(rows, dtype),
+        "log_l": np.empty(rows, dtype),
+        "lse": np.empty(rows, dtype) if want.lse else None,
+        "max_logit": np.empty(rows, dtype) if want.max_logit else None,
+        "entropy": np.empty(rows, dtype) if want.entropy else None,
     }
+    if want.o_full and call.is_narrow:
+        found["o_full"] = _empty(call, call.H, call.N, call.Dv, FLOAT32)
+    return found
 
 
-def _outputs(found: dict[str, Any]) -> AttentionOutputs:
-    o, m, log_l, lse, max_logit, entropy = found.values()
-    return AttentionOutputs(o, RowStats(m, log_l), lse, max_logit, entropy)
+def _outputs(call: AttentionCall, found: dict[str, Any]) -> AttentionOutputs:
+    o, m, log_l, lse, max_logit, entropy, *full = found.values()
+    o_full = o if not call.is_narrow else full[0] if full else None
+    return AttentionOutputs(o, RowStats(m, log_l), lse, max_logit, entropy, o_full)
 
 
-def _output_tangents(call: AttentionCall) -> OutputTangents:
-    to = _empty(call, call.H, call.N, call.Dv)
-    return OutputTangents(to, np.empty((call.B, call.H, call.N), call.dtype))
+def _output_tangents(call: AttentionCall, dtype: FloatDType) -> OutputTangents:
+    to = _empty(call, call.H, call.N, call.Dv, dtype)
+    return OutputTangents(to, np.empty((call.B, call.H, call.N), call.compute_dtype))
 
 
 def _saved(o: Array, stats: RowStats) -> dict[str, Any]:
@@ -143,7 +156,7 @@ def _tangents(tangents: InputTangents) -> dict[str, Any]:
         "tk": tangents.tk,
         "tv": tangents.tv,
         "tbias": tangents.tbias,
-        "tsinks": _contiguous(tangents.tsinks),
+        "tsinks": _wide(_contiguous(tangents.tsinks)),
     }
 
 
@@ -155,16 +168,19 @@ def _gradients(call: AttentionCall, needed: Needed) -> dict[str, Any]:
         "dq": _empty(call, call.H, call.N, call.D) if needed.q else None,
         "dk": _empty(call, call.Hk, call.Nk, call.D) if needed.k else None,
         "dv": _empty(call, call.Hk, call.Nk, call.Dv) if needed.v else None,
-        "dbias": None if bias is None else np.zeros(bias.shape, call.dtype),
-        "dsinks": None if sinks is None else np.zeros(call.H, call.dtype),
+        "dbias": None if bias is None else np.zeros(bias.shape, call.compute_dtype),
+        "dsinks": None if sinks is None else np.zeros(call.H, call.compute_dtype),
     }
 
 
 def _shaped(call: AttentionCall, found: dict[str, Any]) -> AttentionGrads:
-    dbias = found["dbias"]
-    if dbias is not None and call.bias_shape is not None:
-        dbias = dbias.reshape(call.bias_shape)
-    return AttentionGrads(found["dq"], found["dk"], found["dv"], dbias, found["dsinks"])
+    """Return the gradients in the dtypes of their inputs, that of the bias in its shape."""
+    dbias, dsinks = found["dbias"], found["dsinks"]
+    if dbias is not None and call.bias is not None and call.bias_shape is not None:
+        dbias = dbias.reshape(call.bias_shape).astype(call.bias.dtype, copy=False)
+    if dsinks is not None and call.sinks is not None:
+        dsinks = dsinks.astype(call.sinks.dtype, copy=False)
+    return AttentionGrads(found["dq"], found["dk"], found["dv"], dbias, dsinks)
 
 
 def _contiguous(x: Array | None) -> Array | None:
@@ -172,28 +188,46 @@ def _contiguous(x: Array | None) -> Array | None:
 
 
 def _options(call: AttentionCall) -> dict[str, Any]:
-    mask, slopes = call.mask, call.alibi_slopes
+    mask, slopes, sequences = call.mask, call.alibi_slopes, call.sequences
     intervals = mask if isinstance(mask, RowIntervals) else None
     packed = mask if isinstance(mask, PackedBits) else None
-    return {
+    options: dict[str, Any] = {
         "mask_rows": None if intervals is None else intervals.rows,
         "mask_bits": None if packed is None else packed.bits,
         "mask_tiles": None if packed is None else packed.tiles,
         "bias": call.bias,
-        "slopes": None if slopes is None else np.broadcast_to(slopes, (call.B, call.H)),
+        "slopes": slopes,
         "sinks": call.sinks,
         "softmax_scale": call.softmax_scale,
         "softcap": call.softcap or 0.0,
         "dropout_p": call.dropout_p,
         "seed": call.seed,
     }
+    if slopes is not None:
+        entries = call.B if sequences is None else len(sequences)
+        options["slopes"] = np.broadcast_to(slopes, (entries, call.H))
+    if call.is_narrow:
+        options |= {
+            "storage": storage_of(call.dtype),
+            "bias": _bits(call.bias),
+            "slopes": _wide(options["slopes"]),
+            "sinks": _wide(call.sinks),
+        }
+    if sequences is not None:
+        options |= {"q_starts": sequences.q_starts, "k_starts": sequences.k_starts}
+    if call.paging is not None:
+        options |= {"block_table": call.paging.block_table, "k_lengths": call.paging.k_lengths}
+    return options
 
 
-def _empty(call: AttentionCall, heads: int, rows: int, entries: int) -> Array:
+def _empty(
+    call: AttentionCall, heads: int, rows: int, entries: int, dtype: FloatDType | None = None
+) -> Array:
     """Return a new `(B, heads, rows, entries)` view of an array in the layout of the call."""
+    dtype = dtype or call.dtype
     if call.layout == "bhnd":
-        return np.empty((call.B, heads, rows, entries), call.dtype)
-    return np.empty((call.B, rows, heads, entries), call.dtype).swapaxes(1, 2)
+        return np.empty((call.B, heads, rows, entries), dtype)
+    return np.empty((call.B, rows, heads, entries), dtype).swapaxes(1, 2)
 
 
 IMPLEMENTATION = Implementation("cpu", forward, vjp, jvp, vjp_jvp, forward_jvp)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.base.dims import Sizes
+from tilewise.base.dtypes import is_narrow
 from tilewise.base.literals import from_literal
 from tilewise.base.operator import Arrays, FlatOperator, Implementation
 
@@ -18,6 +20,7 @@ from .spec import (
     KEY,
     LIMITS,
     NAME,
+    PACKED,
     QUERY,
     SINKS,
     SLOPES,
@@ -25,7 +28,6 @@ from .spec import (
     AttentionCall,
     AttentionGrads,
     Needed,
-    OutputTangents,
     RowStats,
     Want,
     prepare,
@@ -40,13 +42,19 @@ MASK_ARRAYS = 4
 Shape = tuple[int, ...]
 _NUMBERS = ("softcap", "softmax_scale", "dropout_p", "layout")
 _CHECKED_CALLS = 256
-_WANTS = {(m, e): Want(True, m, e) for m in (False, True) for e in (False, True)}
+_WANTS = {flags: Want(True, *flags) for flags in product((False, True), repeat=3)}
 _checked: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 def shapes(inputs: Sequence[Shape | None], options: Mapping[str, Any]) -> tuple[Shape, ...]:
     """Return the shapes of outputs and residuals, after matching those of the inputs."""
     layout = options["layout"]
+    if layout == PACKED:
+        # The frontend has matched them already.
+        q, _, v = inputs[:3]
+        assert q is not None and v is not None
+        rows = (1, q[2], q[1])
+        return (*q[:3], v[3]), *(rows,) * 5, (*q[:3], v[3])
     sizes = Sizes(NAME, LIMITS)
     for argument, got in zip((QUERY, KEY, VALUE, BIAS, SINKS, SLOPES), inputs, strict=False):
         if got is None:
@@ -57,7 +65,7 @@ def shapes(inputs: Sequence[Shape | None], options: Mapping[str, Any]) -> tuple[
             sizes.match(argument.name, argument.in_layout(layout), got)
     B, H, N, Dv = (sizes[letter] for letter in ("B", "H", "N", "Dv"))
     o = (B, H, N, Dv) if layout == "bhnd" else (B, N, H, Dv)
-    return o, *((B, H, N),) * 5
+    return o, *((B, H, N),) * 5, o
 
 
 def folds(kind: str, arrays: Sequence[NDArray[Any] | None], options: Mapping[str, Any]) -> bool:
@@ -70,22 +78,25 @@ def folds(kind: str, arrays: Sequence[NDArray[Any] | None], options: Mapping[str
 def prepare_flat(
     inputs: Sequence[NDArray[Any] | None], options: Mapping[str, Any]
 ) -> AttentionCall:
-    """Validate a call whose mask is a literal and whose seed is an int64 array."""
+    """Validate a call whose mask is a literal and whose seed is an int64 array.
+
+    Packed sequences are `(1, total_q, H, D)`.
+    """
     q, k, v, *others = inputs
     if not any([a is not None for a in others]):
         return _prepare_alike(q, k, v, options)
     others += [None] * (len(FLAT.inputs) - len(inputs))
-    bias, sinks, alibi_slopes, seed, *arrays = others
+    bias, sinks, alibi_slopes, seed, q_starts, k_starts, *arrays = others
     given = tuple([a for a in arrays if a is not None])
+    packed = options["layout"] == PACKED
     return prepare(
-        _readable(q),
-        _readable(k),
-        _readable(v),
+        *[_readable(a[0] if packed and a is not None else a) for a in (q, k, v)],
         mask=_mask(options, given),
         bias=bias,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         seed=None if seed is None else int(seed) % 2**64,
+        cu_seqlens=(q_starts, k_starts) if packed else None,
         **{name: options[name] for name in _NUMBERS},
     )
 
@@ -120,9 +131,11 @@ def _readable(x: NDArray[Any] | None) -> NDArray[Any] | None:
 
 
 def forward(chosen: Implementation, call: AttentionCall, needed: Sequence[bool]) -> Arrays:
-    """Return o, lse, max_logit, entropy, m, log_l."""
-    o, stats, lse, max_logit, entropy = chosen.forward(call, _WANTS[needed[2], needed[3]])
-    return _laid_out(call, o), lse, max_logit, entropy, stats.m, stats.log_l
+    """Return o, lse, max_logit, entropy, m, log_l, o_full; the last only of 16 bits."""
+    want = _WANTS[needed[2], needed[3], needed[-1]]
+    o, stats, lse, max_logit, entropy, o_full = chosen.forward(call, want)
+    o_full = _laid_out(call, o_full) if want.o_full else None
+    return _laid_out(call, o), lse, max_logit, entropy, stats.m, stats.log_l, o_full
 
 
 def vjp(
@@ -134,9 +147,9 @@ def vjp(
     residuals: Sequence[Any],
 ) -> Arrays:
     """Return dq, dk, dv, dbias, dsinks."""
-    do, dlse = cotangents
-    o, stats = _readable(outputs[0]), RowStats(*residuals)
-    given = prepare_vjp(call, _readable(do), o, stats, dlse)
+    do, dlse = _of(call, *cotangents)
+    o, stats = _known(call, outputs, residuals)
+    given = prepare_vjp(call, do, o, stats, dlse)
     return _grads(call, chosen.vjp(call, given, Needed(*needed)))
 
 
@@ -150,9 +163,9 @@ def jvp(
 ) -> Arrays:
     """Return to, tlse."""
     assert chosen.jvp is not None
-    tq, tk, tv = map(_readable, tangents[:3])
-    o, stats = _readable(outputs[0]), RowStats(*residuals)
-    given = prepare_jvp(call, tq, tk, tv, o, stats, *tangents[3:])
+    (tq, tk, tv), (tbias, tsinks) = _of(call, *tangents[:3]), tangents[3:]
+    o, stats = _known(call, outputs, residuals)
+    given = prepare_jvp(call, tq, tk, tv, o, stats, tbias, tsinks)
     to, tlse = chosen.jvp(call, given)
     return _laid_out(call, to), tlse
 
@@ -170,10 +183,12 @@ def vjp_jvp(
 ) -> Arrays:
     """Return the tangents of dq, dk, dv, dbias, dsinks."""
     assert chosen.vjp_jvp is not None
-    (do, dlse), (tdo, tdlse), (to, tlse) = cotangents, cotangent_tangents, output_tangents
-    do, tdo, to, o = map(_readable, (do, tdo, to, outputs[0]))
-    tq, tk, tv = map(_readable, tangents[:3])
-    tbias, tsinks = tangents[3:]
+    (do, dlse), (tdo, tdlse) = _of(call, *cotangents), _of(call, *cotangent_tangents)
+    (tq, tk, tv), (tbias, tsinks) = _of(call, *tangents[:3]), tangents[3:]
+    o, stats = _known(call, outputs, residuals)
+    to, tlse = _of(call, *output_tangents)
+    # Of 16 bits, to has lost digits that rowsum(do * to) needs: it is computed anew.
+    lost = to is None or tlse is None or is_narrow(to.dtype)
     given = prepare_vjp_jvp(
         call,
         do,
@@ -181,20 +196,39 @@ def vjp_jvp(
         tk,
         tv,
         o,
-        RowStats(*residuals),
+        stats,
         dlse=dlse,
         tbias=tbias,
         tsinks=tsinks,
         tdo=tdo,
         tdlse=tdlse,
-        outputs=None if to is None or tlse is None else OutputTangents(to, tlse),
+        outputs=None if lost else (to, tlse),
     )
     return _grads(call, chosen.vjp_jvp(call, given, Needed(*needed)))
 
 
+def _known(
+    call: AttentionCall, outputs: Arrays, residuals: Sequence[Any]
+) -> tuple[NDArray[Any] | None, RowStats]:
+    """Return the output, as exact as it was saved, and the row statistics."""
+    m, log_l, o_full = residuals
+    o, m, log_l = _of(call, outputs[0] if o_full is None else o_full, m, log_l)
+    assert m is not None and log_l is not None
+    return o, RowStats(m, log_l)
+
+
+def _of(call: AttentionCall, *arrays: NDArray[Any] | None) -> list[NDArray[Any] | None]:
+    """Return tensors and row statistics as a call takes them."""
+    if call.sequences is None:
+        return [_readable(a) if a is not None and a.ndim == 4 else a for a in arrays]
+    return [None if a is None else _readable(a[0]) if a.ndim == 4 else a[0] for a in arrays]
+
+
 def _laid_out(call: AttentionCall, x: NDArray[Any] | None) -> NDArray[Any] | None:
-    """Return a contiguous array in the layout of the call."""
-    return x if x is None or call.layout == "bhnd" else np.ascontiguousarray(x.swapaxes(1, 2))
+    """Return a contiguous array in the layout of the call, with a batch of 1 where it has none."""
+    if x is None or call.layout == "bhnd":
+        return x
+    return np.ascontiguousarray(x.swapaxes(1, 2))
 
 
 def _grads(call: AttentionCall, grads: AttentionGrads) -> Arrays:
@@ -212,12 +246,16 @@ FLAT = FlatOperator(
         "sinks",
         "alibi_slopes",
         "seed",
+        "q_starts",
+        "k_starts",
         *(f"mask{i}" for i in range(MASK_ARRAYS)),
     ),
     active_inputs=5,
     outputs=("o", "lse", "max_logit", "entropy"),
     active_outputs=2,
-    residuals=RowStats._fields,
+    residuals=(*RowStats._fields, "o_full"),
+    narrow_residuals=1,
+    narrow_outputs=1,
     rank=4,
     shapes=shapes,
     folds=folds,

@@ -11,11 +11,15 @@ from .arguments import (
     KEY,
     LIMITS,
     NAME,
+    PACKED,
+    PACKED_NAME,
     QUERY,
     SINKS,
     SLOPES,
     VALUE,
     arguments_table,
+    canonical,
+    laid_out,
 )
 from .bounds import error_bound
 from .calls import (
@@ -28,6 +32,7 @@ from .calls import (
     InputTangents,
     Needed,
     OutputTangents,
+    Paging,
     RowStats,
     SecondCall,
     TangentCall,
@@ -35,6 +40,7 @@ from .calls import (
     base2,
 )
 from .checks import prepare, prepare_jvp, prepare_tangents, prepare_vjp, prepare_vjp_jvp
+from .sequences import Sequences
 
 OPERATOR = Operator(
     name=NAME,
@@ -66,6 +72,8 @@ __all__ = [
     "LN2",
     "NAME",
     "OPERATOR",
+    "PACKED",
+    "PACKED_NAME",
     "QUERY",
     "SINKS",
     "SLOPES",
@@ -77,13 +85,17 @@ __all__ = [
     "InputTangents",
     "Needed",
     "OutputTangents",
+    "Paging",
     "RowStats",
     "SecondCall",
+    "Sequences",
     "TangentCall",
     "Want",
     "arguments_table",
     "base2",
+    "canonical",
     "error_bound",
+    "laid_out",
     "prepare",
     "prepare_jvp",
     "prepare_tangents",

@@ -5,15 +5,21 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tilewise.base.dims import Limit, Shape, between, dividing, show
+from tilewise.base.dtypes import FLOATS, listed
 from tilewise.base.errors import type_error, value_error
 from tilewise.base.operator import Argument, Number, Values
 
 NAME = "attention"
+PACKED_NAME = "attention_varlen"
 LAYOUTS = ("bhnd", "bnhd")
+PACKED = "packed"
+"""The layout of packed sequences: `(total_q, H, D)`, without a batch."""
 
 LIMITS: Mapping[str, Limit] = {
     "D": between("D", 1, 512),
@@ -59,42 +65,47 @@ BIAS = Argument(
     (("B", "H", "N", "Nk"),),
     "added to the logits after the soft cap; broadcasts; has a gradient",
     broadcast=True,
+    precision="either",
 )
 SLOPES = Argument(
     "alibi_slopes",
     (("H",), ("B", "H")),
     "slope * abs(i + Nk - N - j) is subtracted from the logits",
     values=_finite,
+    precision="either",
 )
 SINKS = Argument(
     "sinks",
     (("H",),),
     "one extra logit per head in the denominator only; -inf is no sink; has a gradient",
     values=_below_infinity,
+    precision="either",
 )
-OUTPUT = Argument("o", (_OUT,), "output of the forward pass", follows_layout=True)
-LSE = Argument("stats", (_ROWS,), "lse of the forward pass")
-MAXIMUM = Argument("stats.m", (_ROWS,), "row maximum times log2(e)")
-LOG_SUM = Argument("stats.log_l", (_ROWS,), "logarithm of the row sum")
+OUTPUT = Argument(
+    "o", (_OUT,), "output of the forward pass", follows_layout=True, precision="either"
+)
+LSE = Argument("stats", (_ROWS,), "lse of the forward pass", precision="wide")
+MAXIMUM = Argument("stats.m", (_ROWS,), "row maximum times log2(e)", precision="wide")
+LOG_SUM = Argument("stats.log_l", (_ROWS,), "logarithm of the row sum", precision="wide")
 
 ARRAYS = (QUERY, KEY, VALUE, BIAS, SLOPES, SINKS)
 DIFFERENTIABLE = (QUERY, KEY, VALUE, BIAS, SINKS)
 RESULTS = (OUTPUT, LSE, MAXIMUM, LOG_SUM)
 COTANGENTS = (
     Argument("do", (_OUT,), "cotangent of o", follows_layout=True),
-    Argument("dlse", (_ROWS,), "cotangent of lse"),
+    Argument("dlse", (_ROWS,), "cotangent of lse", precision="wide"),
 )
 TANGENTS = tuple(
     replace(argument, name=f"t{argument.name}", doc=f"tangent of {argument.name}", values=None)
     for argument in DIFFERENTIABLE
 )
 OUTPUT_TANGENTS = (
-    Argument("to", (_OUT,), "tangent of o", follows_layout=True),
-    Argument("tlse", (_ROWS,), "tangent of lse"),
+    Argument("to", (_OUT,), "tangent of o", follows_layout=True, precision="either"),
+    Argument("tlse", (_ROWS,), "tangent of lse", precision="wide"),
 )
 COTANGENT_TANGENTS = (
     Argument("tdo", (_OUT,), "tangent of do", follows_layout=True),
-    Argument("tdlse", (_ROWS,), "tangent of dlse"),
+    Argument("tdlse", (_ROWS,), "tangent of dlse", precision="wide"),
 )
 
 # Inside these ranges scale / softcap and what is computed from it stay normal numbers in float32.
@@ -111,10 +122,40 @@ _BINDS = {
     for letter in argument.shapes[0]
 }
 
+_PACKED_LETTERS = {"N": "total_q", "Nk": "total_k"}
+
+
+def _packed(argument: Argument) -> tuple[Shape, ...]:
+    """Return the shapes of an argument of packed sequences."""
+    if argument is SLOPES:
+        return ("H",), ("S", "H")
+    if argument is BIAS or argument.name == "tbias":
+        return (("H", "total_q", "max_k"),)
+    return tuple(
+        tuple([_PACKED_LETTERS.get(letter, letter) for letter in dims if letter != "B"])
+        for dims in argument.in_layout("bnhd")
+    )
+
+
 _EVERY = (*ARRAYS, *RESULTS, *COTANGENTS, *TANGENTS, *OUTPUT_TANGENTS, *COTANGENT_TANGENTS)
 SHAPES = {
     layout: {argument.name: argument.in_layout(layout) for argument in _EVERY} for layout in LAYOUTS
-}
+} | {PACKED: {argument.name: _packed(argument) for argument in _EVERY}}
+
+
+def canonical(x: NDArray[Any], layout: str) -> NDArray[Any]:
+    """Return a tensor of a layout as a `(B, H, N, D)` view."""
+    if layout == "bhnd":
+        return x
+    return (x if layout != PACKED else x[None]).swapaxes(1, 2)
+
+
+def laid_out(x: NDArray[Any], layout: str) -> NDArray[Any]:
+    """Return a `(B, H, N, D)` view as a tensor of a layout."""
+    if layout == "bhnd":
+        return x
+    x = x.swapaxes(1, 2)
+    return x if layout != PACKED else x[0]
 
 
 def arguments_table() -> str:
@@ -136,7 +177,9 @@ def arguments_table() -> str:
 
 
 def _rule_of(argument: Argument) -> str:
-    rules = ["float32 or float64" if argument is QUERY else "dtype of q"]
+    rules = [listed(FLOATS) if argument is QUERY else "dtype of q"]
+    if argument.precision == "either":
+        rules.append("or float32 where q has 16 bits")
     if argument in (QUERY, KEY, VALUE):
         rules += [limit.doc for letter, limit in LIMITS.items() if _BINDS[letter] == argument.name]
     if argument.follows_layout:
@@ -152,6 +195,6 @@ def shapes_in(layout: object) -> Mapping[str, tuple[Shape, ...]]:
     """Return the shapes of every array, by name, as the user of a layout writes them."""
     if not isinstance(layout, str):
         raise type_error(NAME, "layout", "be a string", type(layout).__name__)
-    if layout not in SHAPES:
+    if layout not in LAYOUTS:
         raise value_error(NAME, "layout", f"be {' or '.join(map(repr, LAYOUTS))}", repr(layout))
     return SHAPES[layout]

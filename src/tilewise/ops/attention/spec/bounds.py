@@ -6,7 +6,14 @@ import math
 
 import numpy as np
 
-from tilewise.base.dtypes import FloatDType, unit_roundoff
+from tilewise.base.dtypes import (
+    FloatDType,
+    compute_dtype,
+    is_bfloat16,
+    is_narrow,
+    smallest,
+    unit_roundoff,
+)
 
 from .calls import AttentionCall
 
@@ -40,8 +47,14 @@ def error_bound(
 
     The sum is doubled for float64, where the oracle has the same errors.
 
+    With 16 bits u is that of float32, in which everything is computed, and each of o and the
+    gradients is rounded once more: `+ v norm`, with v the unit roundoff of the 16 bits, and half
+    of their smallest number for each entry that underflows. In bfloat16 the probabilities and ds
+    may be rounded too, as factors of products: those errors are independent, so that their part of
+    a sum without a large common part is that of its terms, and again at most `v norm`.
+
     Args:
-        dtype: Dtype of the arithmetic.
+        dtype: Dtype of q.
         quantity: One of o, lse, max_logit, entropy, dq, dk, dv, dbias, dsinks.
         call: The call, for its sizes.
         logit_size: L.
@@ -72,4 +85,21 @@ def error_bound(
         "dsinks": e_ds + math.sqrt(call.B * call.N),
     }[quantity]
     oracle = 2 if dtype == np.float64 else 1
-    return unit_roundoff(dtype) * oracle * (error * magnitude + norm)
+    computed = unit_roundoff(compute_dtype(dtype)) * oracle * (error * magnitude + norm)
+    if not is_narrow(dtype) or quantity not in _sizes(call):
+        return computed
+    roundings = 2 if is_bfloat16(dtype) else 1
+    underflow = smallest(dtype) / 2 * math.sqrt(_sizes(call)[quantity])
+    return computed + roundings * unit_roundoff(dtype) * norm + underflow
+
+
+def _sizes(call: AttentionCall) -> dict[str, int]:
+    """Return how many entries each result has that is stored in the dtype of its input."""
+    return {
+        "o": call.B * call.H * call.N * call.Dv,
+        "dq": call.q.size,
+        "dk": call.k.size,
+        "dv": call.v.size,
+        "dbias": 0 if call.bias is None else call.bias.size,
+        "dsinks": call.H,
+    }

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewise.base.dtypes import FloatDType
+from tilewise.base.dtypes import FloatDType, compute_dtype
 from tilewise.base.masks import PackedBits, RowIntervals
+
+from .sequences import Sequences
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -22,9 +24,10 @@ class RowStats(NamedTuple):
     The two are kept apart because their rounded sum loses `log_l` where `|m|` is large.
 
     Attributes:
-        m: `(B, H, N)`, dtype of q. Row maximum times `log2(e)`; -inf for a row without keys.
-        log_l: `(B, H, N)`, dtype of q. Natural logarithm of `sum exp(s - m * ln(2))`; 0 for a
-            row without keys.
+        m: `(B, H, N)`, dtype of q, at least float32. Row maximum times `log2(e)`; -inf for a row
+            without keys.
+        log_l: `(B, H, N)`, dtype of m. Natural logarithm of `sum exp(s - m * ln(2))`; 0 for a row
+            without keys.
     """
 
     m: NDArray[Any]
@@ -32,13 +35,18 @@ class RowStats(NamedTuple):
 
 
 class AttentionOutputs(NamedTuple):
-    """What a forward pass returns; `o` is a `(B, H, N, Dv)` view in either layout."""
+    """What a forward pass returns; `o` is a `(B, H, N, Dv)` view in either layout.
+
+    Where q has 16 bits, `o_full` is `o` before it was rounded to them, in float32. Otherwise it is
+    `o` itself.
+    """
 
     o: NDArray[Any]
     stats: RowStats
     lse: NDArray[Any] | None
     max_logit: NDArray[Any] | None
     entropy: NDArray[Any] | None
+    o_full: NDArray[Any] | None
 
 
 class AttentionGrads(NamedTuple):
@@ -65,7 +73,7 @@ class OutputTangents(NamedTuple):
 
     Attributes:
         to: `(B, H, N, Dv)`, or `(B, N, H, Dv)` with `layout="bnhd"`; dtype of q. Tangent of o.
-        tlse: `(B, H, N)`, dtype of q. Tangent of lse; 0 for a row without keys and sink.
+        tlse: `(B, H, N)`, dtype of lse. Tangent of lse; 0 for a row without keys and sink.
     """
 
     to: NDArray[Any]
@@ -88,11 +96,26 @@ ALL_NEEDED = Needed()
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """Which statistics a forward pass returns besides `o` and the row statistics."""
+    """What a forward pass returns besides `o` and the row statistics."""
 
     lse: bool = False
     max_logit: bool = False
     entropy: bool = False
+    o_full: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Paging:
+    """Where keys and values lie that are in pages.
+
+    Attributes:
+        block_table: `(B, P)`, int32. Key j of a sequence is row `j % page_size` of page
+            `block_table[b, j // page_size]`; -1 is a page that the mask hides.
+        k_lengths: `(B,)`, int64. Keys of each sequence.
+    """
+
+    block_table: NDArray[np.int32]
+    k_lengths: NDArray[np.int64]
 
 
 @dataclass(slots=True, eq=False)  # read only as well, but to freeze it takes 2 us a call
@@ -103,11 +126,13 @@ class AttentionCall:
         q: `(B, H, N, D)` in either layout, as are the other tensors.
         k: `(B, Hk, Nk, D)`.
         v: `(B, Hk, Nk, Dv)`.
-        bias: 4-D with each size either full or 1, or None.
+        bias: 4-D with each size either full or 1, or None. Of packed sequences
+            `(1, 1 or H, total_q, 1 or max_k)`.
         bias_shape: The shape in which the user gave bias; that of its gradient.
-        alibi_slopes: `(B or 1, H)`, or None.
+        alibi_slopes: `(B or 1, H)`, or None; B is the number of packed sequences here.
         sinks: `(H,)`, or None.
-        mask: The lowered mask, or None where every query sees every key.
+        mask: The lowered mask, or None where every query sees every key. Of packed sequences row
+            intervals that count each sequence's keys from 0.
         softcap: c of the soft cap, or None.
         softmax_scale: Factor of q k.
         layout: Layout of the user's tensors, and of the results.
@@ -118,9 +143,13 @@ class AttentionCall:
         Nk: Keys.
         D: Entries of a query or key.
         Dv: Entries of a value.
-        dtype: float32 or float64, native.
+        dtype: Of q k v, one of `tilewise.base.dtypes.FLOATS`, native.
         dropout_p: Probability with which a pair is dropped.
         seed: Seed of the dropout, below 2**64.
+        sequences: Where packed sequences begin, or None; then B is 1, and N and Nk are totals.
+        first_entry: Place of the first batch entry in the batch that dropout counts.
+        paging: Where keys lie that are in pages, or None; then k and v are pools
+            `(pages, Hk, page_size, D or Dv)`, and Nk is the largest number of keys.
     """
 
     q: NDArray[Any]
@@ -144,6 +173,19 @@ class AttentionCall:
     dtype: FloatDType
     dropout_p: float = 0.0
     seed: int = 0
+    sequences: Sequences | None = None
+    first_entry: int = 0
+    paging: Paging | None = None
+
+    @property
+    def is_narrow(self) -> bool:
+        """Return whether q k v have 16 bits."""
+        return self.dtype.itemsize == 2
+
+    @property
+    def compute_dtype(self) -> FloatDType:
+        """Return the dtype of sums and row statistics."""
+        return compute_dtype(self.dtype)
 
     @property
     def drop_threshold(self) -> int:
@@ -163,7 +205,7 @@ class CotangentCall:
     Attributes:
         do: `(B, H, N, Dv)` view in either layout, or None for zero.
         dlse: `(B, H, N)`, or None for zero.
-        o: `(B, H, N, Dv)` view in either layout.
+        o: `(B, H, N, Dv)` view in either layout; dtype of q or float32.
         stats: Row statistics.
     """
 

@@ -30,6 +30,8 @@ from .arguments import (
     NAME,
     OUTPUT,
     OUTPUT_TANGENTS,
+    PACKED,
+    PACKED_NAME,
     QUERY,
     SCALE,
     SEED,
@@ -39,6 +41,8 @@ from .arguments import (
     SOFTCAP,
     TANGENTS,
     VALUE,
+    canonical,
+    laid_out,
     shapes_in,
 )
 from .calls import (
@@ -51,6 +55,7 @@ from .calls import (
     TangentCall,
     stats_of_lse,
 )
+from .sequences import lowered_per_sequence, sequences_of
 
 _Maybe: TypeAlias = NDArray[Any] | None
 _Moves: TypeAlias = tuple[_Maybe, _Maybe, _Maybe, _Maybe, _Maybe]
@@ -71,39 +76,71 @@ def prepare(
     dropout_p: object = 0.0,
     seed: object = None,
     layout: str = "bhnd",
+    cu_seqlens: tuple[object, object] | None = None,
 ) -> AttentionCall:
     """Validate a call and return it in the canonical layout.
 
     The arguments are those of `arguments_table`; mask may also be lowered already.
 
+    Args:
+        q: Queries; `(total_q, H, D)` with cu_seqlens.
+        k: Keys.
+        v: Values.
+        mask: Who sees whom.
+        bias: Added to the logits.
+        alibi_slopes: Slopes of distances.
+        softcap: The soft cap.
+        sinks: A logit per head.
+        softmax_scale: Factor of the products.
+        dropout_p: Probability with which pairs are dropped.
+        seed: Which ones.
+        layout: Order of the dimensions.
+        cu_seqlens: Where packed sequences begin among the queries and among the keys, or None;
+            the layout is then that of packed sequences.
+
     Raises:
         TypeError: For a wrong kind or dtype.
         ValueError: For a wrong shape, memory layout or value.
     """
-    shapes = shapes_in(layout)
-    sizes = Sizes(NAME, LIMITS)
-    q_ = QUERY.check(NAME, q, sizes, shapes["q"], None)
+    if cu_seqlens is None:
+        name, shapes = NAME, shapes_in(layout)
+    else:
+        name, layout, shapes = PACKED_NAME, PACKED, SHAPES[PACKED]
+    sizes = Sizes(name, LIMITS)
+    q_ = QUERY.check(name, q, sizes, shapes["q"], None)
     dtype = q_.dtype
-    k_ = KEY.check(NAME, k, sizes, shapes["k"], dtype)
-    v_ = VALUE.check(NAME, v, sizes, shapes["v"], dtype)
+    k_ = KEY.check(name, k, sizes, shapes["k"], dtype)
+    v_ = VALUE.check(name, v, sizes, shapes["v"], dtype)
     if layout != "bhnd":
-        q_, k_, v_ = q_.swapaxes(1, 2), k_.swapaxes(1, 2), v_.swapaxes(1, 2)
+        q_, k_, v_ = (canonical(x, layout) for x in (q_, k_, v_))
+    sequences = None
+    if cu_seqlens is not None:
+        sequences = sequences_of(*cu_seqlens, q_.shape[2], k_.shape[2])
+        sizes.bind("S", len(sequences), "cu_seqlens_q")
+        sizes.bind("max_k", sequences.max_k, "cu_seqlens_k")
 
-    bias_ = slopes_ = sinks_ = bias_shape = mask_ = None
+    bias_ = slopes_ = sinks_ = bias_shape = None
+    mask_: RowIntervals | PackedBits | None = None
     if bias is not None:
-        array = BIAS.check(NAME, bias, sizes, BIAS.shapes, dtype)
+        array = BIAS.check(name, bias, sizes, shapes["bias"], dtype)
+        if sequences is not None:
+            _check_rows(array, q_.shape[2])
         bias_, bias_shape = array[(None,) * (4 - array.ndim)], array.shape
     if alibi_slopes is not None:
-        array = SLOPES.check(NAME, alibi_slopes, sizes, SLOPES.shapes, dtype)
+        array = SLOPES.check(name, alibi_slopes, sizes, shapes["alibi_slopes"], dtype)
         slopes_ = array[None] if array.ndim == 1 else array
     if sinks is not None:
-        sinks_ = SINKS.check(NAME, sinks, sizes, SINKS.shapes, dtype)
+        sinks_ = SINKS.check(name, sinks, sizes, shapes["sinks"], dtype)
     if mask is not None:
-        mask_ = _lowered(mask, sizes)
-    dropout_p_ = DROPOUT.check(NAME, dropout_p)
+        if sequences is None:
+            mask_ = _lowered(mask, sizes)
+        else:
+            mask_ = lowered_per_sequence(mask, sequences)
+    dropout_p_ = DROPOUT.check(name, dropout_p)
     if seed is None and dropout_p_ > 0:
-        raise type_error(NAME, "seed", "be an integer where dropout_p is above 0", "None")
+        raise type_error(name, "seed", "be an integer where dropout_p is above 0", "None")
 
+    B, H, N, D = q_.shape
     return AttentionCall(
         q=q_,
         k=k_,
@@ -113,21 +150,20 @@ def prepare(
         alibi_slopes=slopes_,
         sinks=sinks_,
         mask=mask_,
-        softcap=None if softcap is None else SOFTCAP.check(NAME, softcap),
-        softmax_scale=sizes["D"] ** -0.5
-        if softmax_scale is None
-        else SCALE.check(NAME, softmax_scale),
+        softcap=None if softcap is None else SOFTCAP.check(name, softcap),
+        softmax_scale=D**-0.5 if softmax_scale is None else SCALE.check(name, softmax_scale),
         layout=layout,
-        B=sizes["B"],
-        H=sizes["H"],
-        Hk=sizes["Hk"],
-        N=sizes["N"],
-        Nk=sizes["Nk"],
-        D=sizes["D"],
-        Dv=sizes["Dv"],
+        B=B,
+        H=H,
+        Hk=k_.shape[1],
+        N=N,
+        Nk=k_.shape[2],
+        D=D,
+        Dv=v_.shape[3],
         dtype=dtype,
         dropout_p=dropout_p_,
-        seed=0 if seed is None else SEED.check(NAME, seed),
+        seed=0 if seed is None else SEED.check(name, seed),
+        sequences=sequences,
     )
 
 
@@ -248,18 +284,23 @@ class _Fits:
 
     def __init__(self, call: AttentionCall) -> None:
         self._call = call
+        self._name = NAME if call.sequences is None else PACKED_NAME
         self._shapes = SHAPES[call.layout]
-        self._sizes = Sizes(NAME, LIMITS)
+        self._sizes = Sizes(self._name, LIMITS)
         for argument, array in ((QUERY, call.q), (KEY, call.k), (VALUE, call.v)):
-            given = array if call.layout == "bhnd" else array.swapaxes(1, 2)
+            given = laid_out(array, call.layout)
             self._sizes.match(argument.name, self._shapes[argument.name], given.shape)
+        if call.sequences is not None:
+            self._sizes.bind("max_k", call.sequences.max_k, "cu_seqlens_k")
 
     def array(self, argument: Argument, value: object) -> NDArray[Any]:
         """Return an array that must be given."""
         shapes = self._shapes[argument.name]
-        array = argument.check(NAME, value, self._sizes, shapes, self._call.dtype)
-        laid_out = argument.follows_layout and self._call.layout != "bhnd"
-        return array.swapaxes(1, 2) if laid_out else array
+        array = argument.check(self._name, value, self._sizes, shapes, self._call.dtype)
+        if argument.follows_layout:
+            return canonical(array, self._call.layout)
+        rows = self._call.sequences is not None and shapes[0][-1] == "total_q"
+        return array[None] if rows else array
 
     def optional(self, argument: Argument, value: object) -> NDArray[Any] | None:
         """Return an array, or None where it is not given."""
@@ -273,7 +314,7 @@ class _Fits:
         if isinstance(stats, np.ndarray):
             return o_, stats_of_lse(self.array(LSE, stats))
         got = type(stats).__name__
-        raise type_error(NAME, "stats", "be RowStats or lse as a numpy.ndarray", got)
+        raise type_error(self._name, "stats", "be RowStats or lse as a numpy.ndarray", got)
 
     def cotangents(self, do: object, dlse: object, results: _Results) -> CotangentCall:
         """Return the cotangents with the results of the forward pass."""
@@ -287,14 +328,21 @@ class _Fits:
 
     def _tangent(self, argument: Argument, of: Argument, value: object) -> NDArray[Any] | None:
         if value is not None and getattr(self._call, of.name) is None:
-            raise value_error(NAME, argument.name, f"come with {of.name}", f"no {of.name}")
+            raise value_error(self._name, argument.name, f"come with {of.name}", f"no {of.name}")
         array = self.optional(argument, value)
         if array is None or of is not BIAS:
             return array
         if array.shape != self._call.bias_shape:
             requirement = f"have the shape {self._call.bias_shape} of bias"
-            raise value_error(NAME, argument.name, requirement, array.shape)
+            raise value_error(self._name, argument.name, requirement, array.shape)
         return array[(None,) * (4 - array.ndim)]
+
+
+def _check_rows(bias: NDArray[Any], total_q: int) -> None:
+    """Raise where the bias of packed sequences does not have a row for each query."""
+    if bias.ndim < 2 or bias.shape[-2] != total_q:
+        requirement = f"have shape (H or 1, total_q, max_k or 1) with total_q={total_q}"
+        raise value_error(PACKED_NAME, "bias", requirement, bias.shape)
 
 
 def _lowered(mask: object, sizes: Sizes) -> RowIntervals | PackedBits:

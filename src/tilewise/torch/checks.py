@@ -1,0 +1,101 @@
+"""What the functions of attention check of their tensors, and the seed of the dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewise.base.dims import show
+from tilewise.base.dtypes import FLOATS, NARROW, listed
+from tilewise.base.errors import type_error, unsupported, value_error
+from tilewise.ops.attention.spec import QUERY
+from tilewise.ops.attention.spec.arguments import LAYOUTS, SEED, SHAPES
+
+_DTYPES = tuple([getattr(torch, name) for name in FLOATS])
+_NARROW = tuple([getattr(torch, name) for name in NARROW])
+_TENSORS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
+_REQUIRED = ("q", "k", "v")
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast as autocast does for torch.nn.functional.scaled_dot_product_attention."""
+    dtype = torch.get_autocast_dtype("cpu")
+    casts = (*_NARROW, torch.float32)
+    return tuple(
+        [t.to(dtype) if isinstance(t, Tensor) and t.dtype in casts else t for t in tensors]
+    )
+
+
+def check_tensors(
+    operator: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    sinks: Any,
+    alibi_slopes: Any,
+    layout: str,
+    layouts: tuple[str, ...] = LAYOUTS,
+) -> None:
+    """Check what shapes and values say nothing about."""
+    dtype, cpu = None, True
+    given = (q, k, v, bias, sinks, alibi_slopes)
+    for name, tensor in zip(_TENSORS, given, strict=True):
+        if tensor is None and name not in _REQUIRED:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise type_error(operator, name, "be a torch.Tensor", type(tensor).__name__)
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+            raise type_error(operator, name, "be a dense tensor", got)
+        if dtype is None:
+            dtype, cpu = _first(operator, tensor), tensor.is_cpu
+        elif tensor.dtype is not dtype and not (
+            dtype in _NARROW and tensor.dtype is torch.float32 and name not in _REQUIRED
+        ):
+            more = " or float32" if dtype in _NARROW and name not in _REQUIRED else ""
+            requirement = f"have dtype {shown(dtype)} (from q){more}"
+            raise type_error(operator, name, requirement, shown(tensor.dtype))
+        elif tensor.is_cpu is not cpu:
+            raise value_error(operator, name, f"be on {q.device} (as q)", str(tensor.device))
+    if layout not in layouts:
+        raise value_error(operator, "layout", f"be {' or '.join(map(repr, layouts))}", repr(layout))
+    dims = SHAPES[layout][QUERY.name][0]
+    if q.ndim != len(dims):
+        raise value_error(operator, "q", f"have shape {show(dims)}", tuple(q.shape))
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        requirement = "be without requires_grad, for it has no gradient (pass it detached)"
+        raise value_error(operator, "alibi_slopes", requirement, "requires_grad=True")
+
+
+def _first(operator: str, q: Tensor) -> torch.dtype:
+    """Return the dtype of q, which the other tensors must have too."""
+    dtype = q.dtype
+    if dtype not in _DTYPES:
+        raise type_error(operator, "q", f"have dtype {listed(FLOATS)}", shown(dtype))
+    if not q.is_cpu and q.device.type != "meta":
+        raise unsupported(operator, f"there is no implementation for device {q.device} yet")
+    return dtype
+
+
+def shown(dtype: torch.dtype) -> str:
+    """Return the name of a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def seed_of(operator: str, seed: Any, dropout_p: float) -> Tensor | None:
+    """Return the seed as a tensor, which a graph takes as an input and not as a constant."""
+    if isinstance(seed, Tensor):
+        if seed.dtype is not torch.int64 or seed.ndim != 0:
+            got = f"shape {tuple(seed.shape)} of {shown(seed.dtype)}"
+            raise type_error(operator, "seed", "be an integer or an int64 tensor of shape ()", got)
+        return seed if dropout_p > 0 else None
+    if seed is not None:
+        seed = SEED.check(operator, seed)
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64)
