@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.sanitize
 _core = pytest.importorskip("tilewise._core")
 
 B, H, HK, N, NK, D, DV = 2, 6, 3, 53, 131, 29, 37
+HIDDEN_TARGETS = ("amx-emulated",) if "avx512bf16" in _core.targets() else ()
 
 MASKS = {
     "none": None,
@@ -36,10 +38,12 @@ def restored() -> Iterator[None]:
     _core.set_num_threads(threads)
 
 
-def inputs(dtype: Any, shape: tuple[int, ...] = (B, H, HK, N, NK)) -> tuple[np.ndarray, ...]:
+def inputs(
+    dtype: Any, shape: tuple[int, ...] = (B, H, HK, N, NK), d: int = D, dv: int = DV
+) -> tuple[np.ndarray, ...]:
     b, h, hk, n, nk = shape
     rng = np.random.default_rng(sum(shape))
-    shapes = [(b, h, n, D), (b, hk, nk, D), (b, hk, nk, DV), (b, h, n, DV)]
+    shapes = [(b, h, n, d), (b, hk, nk, d), (b, hk, nk, dv), (b, h, n, dv)]
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
@@ -50,12 +54,12 @@ def every_way(
     statistics = {f"return_{name}": True for name in ("lse", "stats", "max_logit", "entropy")}
     made = tw.numpy.attention(q, k, v, **statistics, **options)
     grads = tw.numpy.attention_vjp(
-        do, q, k, v, made.o, made.stats, dlse=np.ones_like(made.lse), **options
+        do, q, k, v, made.o_full, made.stats, dlse=np.ones_like(made.lse), **options
     )
     arrays = [made.o, made.lse, *made.stats, made.max_logit, made.entropy, *grads]
     tangents = {f"t{name}": x[::-1, ::-1] for name, x in (("q", q), ("k", k), ("v", v))}
     tangents |= {f"t{name}": options[name][::-1] for name in ("bias", "sinks") if name in options}
-    given = {"o": made.o, "stats": made.stats, **options}
+    given = {"o": made.o_full, "stats": made.stats, **options}
     arrays += tw.numpy.attention_jvp(q=q, k=k, v=v, **tangents, **given)
     arrays += tw.numpy.attention_forward_jvp(q=q, k=k, v=v, **tangents, **options)[1]
     arrays += tw.numpy.attention_vjp_jvp(do, q=q, k=k, v=v, **tangents, tdo=-do, **given)
@@ -74,15 +78,19 @@ def extras(dtype: Any) -> dict[str, Any]:
     }
 
 
-def assert_close(got: list[np.ndarray], wanted: list[np.ndarray]) -> None:
+def assert_close(
+    got: list[np.ndarray], wanted: list[np.ndarray], terms: int = NK + N + D, eps: float = 0.0
+) -> None:
     """Within the rounding of as many terms as the longest sum of a gradient has."""
     for mine, exact in zip(got, wanted, strict=True):
         assert mine.shape == exact.shape
-        seen = np.isfinite(exact)
-        assert np.array_equal(mine[~seen], exact[~seen])
-        error = np.linalg.norm(mine[seen] - exact[seen])
-        scale = max(1.0, float(np.linalg.norm(exact[seen])))
-        assert error <= (NK + N + D) * np.finfo(mine.dtype).eps * scale
+        x, y = mine.astype(np.float64), exact.astype(np.float64)
+        seen = np.isfinite(y)
+        assert np.array_equal(x[~seen], y[~seen])
+        scale = max(1.0, float(np.linalg.norm(y[seen])))
+        assert (
+            np.linalg.norm(x[seen] - y[seen]) <= terms * (eps or np.finfo(mine.dtype).eps) * scale
+        )
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -103,6 +111,68 @@ def test_targets_and_threads_give_the_same_bits() -> None:
         _core.set_num_threads(threads)
         results.append([x.tobytes() for x in every_way(*tensors, mask=tw.causal())])
     assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize(
+    "dtype, d, dv, mask",
+    [
+        (ml_dtypes.bfloat16, 32, 64, "none"),
+        (ml_dtypes.bfloat16, 32, 64, "causal"),
+        (ml_dtypes.bfloat16, 32, 64, "bits"),
+        (ml_dtypes.bfloat16, 29, 37, "lengths"),
+        (np.float16, 29, 37, "causal"),
+    ],
+)
+def test_sixteen_bits_agree_with_the_reference_on_every_target(
+    dtype: Any, d: int, dv: int, mask: str
+) -> None:
+    tensors = inputs(dtype, d=d, dv=dv)
+    # slopes, sinks and bias as small as the precision of 16 bits is coarse
+    options = {} if mask == "none" else {**extras(np.float32), "mask": MASKS[mask]}
+    wanted = every_way(*tensors, implementation="reference", **options)
+    for target in (*_core.targets(), *HIDDEN_TARGETS):
+        _core.set_target(target)
+        got = every_way(*tensors, implementation="cpu", **options)
+        assert_close(got, wanted, terms=8, eps=float(ml_dtypes.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_packed_sequences_have_the_bits_of_single_calls(dtype: Any) -> None:
+    ends = np.array([0, 3, 3, 64, 97, N * B])
+    q, k, v, do = (
+        x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]).copy()
+        for x in inputs(dtype, (B, H, HK, N, N), d=32, dv=32)
+    )
+    for target in (*_core.targets(), *HIDDEN_TARGETS):
+        _core.set_target(target)
+        made = tw.attention_varlen(q, k, v, ends, mask=tw.causal(), return_stats=True)
+        grads = tw.numpy.attention_varlen_vjp(
+            do, q, k, v, made.o_full, made.stats, ends, mask=tw.causal()
+        )
+        for a, b in itertools.pairwise(ends):
+            one = [x[None, a:b] for x in (q, k, v, do)]
+            options = {"mask": tw.causal(), "layout": "bnhd"}
+            alone = tw.attention(*one[:3], return_stats=True, **options)
+            found = tw.numpy.attention_vjp(one[3], *one[:3], alone.o_full, alone.stats, **options)
+            assert made.o[a:b].tobytes() == alone.o[0].tobytes()
+            for x, y in zip(grads[:3], found[:3], strict=True):
+                assert x[a:b].tobytes() == y[0].tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_pages_have_the_bits_of_one_array(dtype: Any) -> None:
+    q, k, v, _ = inputs(dtype, d=32, dv=64)
+    for target, page in itertools.product((*_core.targets(), *HIDDEN_TARGETS), (16, 48)):
+        _core.set_target(target)
+        cache = tw.KVCache(
+            pages=2 * (-(-NK // page)), page_size=page, Hk=HK, D=32, Dv=64, dtype=dtype
+        )
+        ids = cache.open(B)
+        cache.append(k, v, ids)
+        for rows in (slice(N - 1, N), slice(N - 20, N)):
+            part = q[:, :, rows]
+            got = tw.attention(part, cache=cache, sequences=ids, mask=tw.causal())
+            assert got.tobytes() == tw.attention(part, k, v, mask=tw.causal()).tobytes()
 
 
 @pytest.mark.parametrize("empty", ["B", "N", "Nk"])
