@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 import tilewise as tw
 from tilewise import numpy as door
 from tilewise.bench import attention as measuring
-from tilewise.bench import contenders, derivatives, textbook
-from tilewise.bench.attention import SUITES, Case, CaseFailed, custom_case
+from tilewise.bench import cases, contenders, derivatives, peers, textbook
+from tilewise.bench.attention import CaseFailed
+from tilewise.bench.cases import DOOR, PYTORCH, SUITES, TILEWISE, Case, custom_case, small
+from tilewise.bench.problems import Pattern
 from tilewise.cli import bench
 from tilewise.hardware import memory
 
@@ -34,7 +36,7 @@ def app() -> typer.Typer:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Measure without fresh processes, whose start takes longer than tiny measurements."""
+    """Measure shortly, and without fresh processes, whose start takes longer than that."""
     threads = tw.get_num_threads()
 
     def call(target: str, arguments: dict[str, Any], **options: Any) -> Any:
@@ -42,6 +44,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return getattr(importlib.import_module(module), name)(**json.loads(json.dumps(arguments)))
 
     monkeypatch.setattr(memory, "run_fresh", call)
+    monkeypatch.setattr(measuring, "_SPENT_SECONDS", 0)
+    monkeypatch.setattr(measuring, "fma_peak", lambda dtype: 123.0)
     yield
     contenders.set_threads(threads)
 
@@ -91,7 +95,7 @@ def test_other_problems_pass_the_gate(app: typer.Typer, options: tuple[object, .
 
 @pytest.mark.usefixtures("in_this_process")
 def test_decode_is_compared_with_both_forms_of_grouped_queries() -> None:
-    case = replace(SUITES["quick"][-1], H=8, Hk=2, Nk=43, D=6)
+    case = replace(SUITES["quick"].cases[-1], H=8, Hk=2, Nk=43, D=6)
     ran = measuring.run_case(case, repeats=1, implementation="reference")
     assert {t["direction"] for t in ran["timings"]} == {"forward"}
     assert all(t["kv_gbytes_per_s"] > 0 for t in ran["timings"])
@@ -101,8 +105,8 @@ def test_decode_is_compared_with_both_forms_of_grouped_queries() -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_thread_counts_are_compared_in_one_run() -> None:
-    case = Case("two and one", 1, 1, 23, 4, textbook=False, threads=(1, 2))
-    ran = measuring.run_case(case, repeats=1, implementation="reference")
+    case = Case("two and one", 1, 1, 23, 4, contenders=(TILEWISE, PYTORCH))
+    ran = measuring.run_case(case, threads=(1, 2), repeats=1, implementation="reference")
     own = [t for t in ran["timings"] if t["contender"] == "tilewise"]
     assert [t["threads"] for t in own] == [1, 2, 1, 2]
 
@@ -110,7 +114,7 @@ def test_thread_counts_are_compared_in_one_run() -> None:
 def test_only_the_slow_baseline_sits_out_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_SLOW_SECONDS", 0.0)
     case = custom_case(9, H=1, D=4)
-    ran = measuring.measure_case(vars(case).copy(), "float32", 1, 5, "reference")
+    ran = measuring.measure_case(vars(case).copy(), "float32", [1], 5, "reference")
     for timing in ran["timings"]:
         baseline = timing["contender"] == contenders.TEXTBOOK
         assert timing["rounds"] in ([3] if baseline else range(5, 62))
@@ -131,7 +135,7 @@ def test_wrong_result_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
         backward=lambda saved: wrong(problem.do, problem.q, problem.k, problem.v, p),
     )
     monkeypatch.setattr(measuring, "_contenders", lambda *given: ([broken], {}))
-    answer = measuring.measure_case(vars(case).copy(), "float32", 1, 1, "reference")
+    answer = measuring.measure_case(vars(case).copy(), "float32", [1], 1, "reference")
     assert set(answer) == {"wrong"}
     assert "broken is wrong" in answer["wrong"]
     monkeypatch.setattr(memory, "run_fresh", lambda *given, **options: answer)
@@ -139,7 +143,7 @@ def test_wrong_result_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
         measuring.run_case(case)
 
 
-def peers() -> set[str]:
+def derivable() -> set[str]:
     """The contenders of a run with derivatives."""
     found = importlib.util.find_spec("torch") is not None
     return {"tilewise"} | ({"tilewise.torch", "PyTorch math"} if found else set())
@@ -156,14 +160,14 @@ def test_derivatives_are_timed_and_their_memory_measured(app: typer.Typer, tmp_p
     directions = {"forward", "backward", "jvp", "double backward"}
     (ran,), (space,) = written["runs"], written["memory"]
     assert {(t["contender"], t["direction"]) for t in ran["timings"]} == {
-        (name, direction) for name in peers() for direction in directions
+        (name, direction) for name in derivable() for direction in directions
     }
     for timing in ran["timings"]:
         assert {"o", "dq", "dk", "dv", "to", "tdq", "tdk", "tdv"} <= set(timing["errors"])
         if timing["direction"] in ("forward", "backward"):
             assert timing["factor"] == 1
     figures = {(f["contender"], f["direction"]): f for f in space["figures"]}
-    assert set(figures) == {(name, direction) for name in peers() for direction in directions}
+    assert set(figures) == {(name, direction) for name in derivable() for direction in directions}
     array = 2 * 17 * 5 * 4
     row = 2 * 17 * 4
     assert figures["tilewise", "jvp"]["output_bytes"] == 2 * array
@@ -228,11 +232,12 @@ def test_true_tangents_agree_with_the_reference() -> None:
 @pytest.mark.usefixtures("in_this_process")
 def test_door_to_pytorch_takes_part_where_calls_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr(measuring, "_FEWEST_QUERIES_THROUGH_TORCH", 13)
+    monkeypatch.setattr(cases, "_FEWEST_QUERIES_THROUGH_TORCH", 13)
     for N, present in ((12, False), (13, True)):
-        case = replace(custom_case(N, H=1, D=3, causal=True), textbook=False)
-        ran = measuring.run_case(case, repeats=1, implementation="reference")
-        assert ("tilewise.torch" in {t["contender"] for t in ran["timings"]}) == present
+        case = custom_case(N, H=1, D=3, causal=True)
+        ran = measuring.run_case(case, repeats=1, implementation="reference", peers=("torch",))
+        found = {t["contender"] for t in ran["timings"]}
+        assert found == {"tilewise", "PyTorch"} | ({"tilewise.torch"} if present else set())
 
 
 def test_failed_case_ends_with_status_1(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +254,9 @@ def test_failed_case_ends_with_status_1(app: typer.Typer, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--dtype", "float16"), "--dtype must be float32 or float64"),
-        (("--suite", "huge"), "--suite must be quick or full"),
+        (("--dtype", "int8"), "--dtype must be float64, float32, bfloat16 or float16"),
+        (("--suite", "huge"), "--suite must be quick, full, train, decode, masks or varlen"),
+        (("--peer", "nobody"), "--peer must be part of one of the names tilewise.torch, PyTorch"),
         (("--derivatives", "--dtype", "float64"), "--derivatives takes float32 alone"),
         (("--json", "/nonexistent/figures.json"), "cannot be written"),
     ],
@@ -273,13 +279,146 @@ def test_operations_follow_the_convention() -> None:
         assert full.flop(direction) == multiple * full.flop("forward")
     assert custom_case(2048, causal=True).pairs() == 2048 * 2048 / 2
     window = custom_case(61, window=7, H=1, D=2)
-    assert window.pairs() == window.problem("float32").visible(0, 61).sum()
+    assert window.pairs() == window.problem("float32").visible(0, 0, 61).sum()
 
 
-def test_full_suite_has_every_case() -> None:
-    names = [case.name for case in SUITES["full"]]
-    assert len(names) == len(set(names)) == 7
-    assert all(case in SUITES["full"] for case in SUITES["quick"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_cases_have_names_of_their_own(suite: str) -> None:
+    names = [case.name for case in SUITES[suite].cases]
+    assert len(names) == len(set(names)) > 0
+    assert suite != "full" or set(SUITES["quick"].cases) < set(SUITES["full"].cases)
+
+
+def every_pattern() -> Iterator[tuple[str, Pattern, int, int, int]]:
+    """Name, pattern, B, N and Nk of every masked case, smaller."""
+    for suite in ("masks", "varlen"):
+        for case in map(small, SUITES[suite].cases):
+            yield case.name, case.pattern, case.B, case.N, case.keys
+    yield "causal, decoding", Pattern(causal=True), 2, 3, 11
+
+
+@pytest.mark.parametrize(
+    ("pattern", "B", "N", "Nk"),
+    [x[1:] for x in every_pattern()],
+    ids=[x[0] for x in every_pattern()],
+)
+def test_patterns_are_masks_of_tilewise(pattern: Pattern, B: int, N: int, Nk: int) -> None:
+    mask = pattern.mask()
+    assert mask is not None
+    want = np.broadcast_to(mask.to_bool(B, 1, N, Nk), (B, 1, N, Nk))[:, 0]
+    got = np.stack([pattern.visible(b, 0, N, Nk=Nk, N=N) for b in range(B)])
+    np.testing.assert_array_equal(got, want)
+    if not pattern.alone:
+        assert pattern.pairs(B, N, Nk) == want.sum()
+
+
+def check_tables(result: dict[str, Any]) -> None:
+    """The tables of the pages have a line for every case, and replace what was there."""
+    path = Path(__file__).parents[2] / "bench" / "readme_table.py"
+    spec = importlib.util.spec_from_file_location("readme_table", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    name = script.marker(result)
+    for table in (script.table(result), script.short(result)):
+        for ran in result["runs"]:
+            assert f"| {ran['case']['name']}" in table
+        page = f"before\n<!-- {name}:start -->\nold\n<!-- {name}:end -->\nafter"
+        written = script.replaced(page, name, table)
+        assert table in written and "old" not in written and written.endswith("after")
+        assert script.replaced("no markers", name, table) == "no markers"
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("suite", "dtype"),
+    [("train", "bfloat16"), ("decode", "float32"), ("masks", "float16"), ("varlen", "bfloat16")],
+)
+def test_suites_of_pytorch_pass_the_gate(
+    app: typer.Typer, tmp_path: Path, suite: str, dtype: str
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    target, picture = tmp_path / "figures.json", tmp_path / "figure.png"
+    plot = ("--plot", picture) if importlib.util.find_spec("matplotlib") else ()
+    options = ("--suite", suite, "--quick", "--dtype", dtype, "--threads", 1)
+    fixed = ("bench", "attention", "--repeats", "1", "--json", target)
+    result = CliRunner().invoke(app, [*map(str, (*fixed, *options, *plot))])
+    assert result.exit_code == 0, result.output
+    written = json.loads(target.read_text())
+    assert written["suite"] == suite
+    assert len(written["runs"]) == len(SUITES[suite].cases)
+    for ran in written["runs"]:
+        case = Case(**ran["case"])
+        found = {t["contender"] for t in ran["timings"]}
+        assert ran["dtype"] == dtype
+        assert found == set(case.contenders) - set(ran["skipped"])
+        assert set(ran["skipped"]) <= {"onnxruntime"}
+        assert {t["direction"] for t in ran["timings"]} == {d for g in case.groups for d in g}
+        for timing in ran["timings"]:
+            assert (timing["share_of_read"] is not None) == (suite == "decode")
+            assert all(error < 2e-2 for error in timing["errors"].values())
+    assert "ratio" in result.stdout
+    check_tables(written)
+    assert not plot or picture.read_bytes().startswith(b"\x89PNG")
+
+
+def broken(problem: contenders.Problem) -> contenders.Contender:
+    """PyTorch, with an output that is a little off."""
+    right = peers.pytorch(problem)
+    return replace(right, outputs=lambda o: {"o": right.outputs(o)["o"] * 1.001})
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_wrong_peer_gets_no_figure_and_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setitem(contenders._PEERS, PYTORCH, broken)
+    case = Case("small", 1, 2, 13, 3, contenders=(DOOR, PYTORCH))
+    ran = measuring.run_case(case, repeats=1, implementation="reference")
+    assert {t["contender"] for t in ran["timings"]} == {DOOR}
+    assert ran["skipped"][PYTORCH].startswith("PyTorch is wrong: relative errors")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_failing_peer_is_not_available(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+
+    def fail() -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    def failing(problem: contenders.Problem) -> contenders.Contender:
+        return replace(peers.pytorch(problem), forward=fail)
+
+    monkeypatch.setitem(contenders._PEERS, PYTORCH, failing)
+    result = run(app, "--n", 7, "--heads", 1, "--head-dim", 3)
+    assert result.exit_code == 0, result.output
+    assert "PyTorch not available: no C++ compiler" in result.stdout
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_absent_peers_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    absent = ("torch", "onnxruntime")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    case = small(SUITES["decode"].cases[0])
+    ran = measuring.run_case(case, repeats=1, implementation="reference")
+    assert {t["contender"] for t in ran["timings"]} == {"tilewise", "plain read"}
+    assert ran["skipped"]["PyTorch"] == "PyTorch is not installed"
+    assert ran["skipped"]["onnxruntime"] == "onnxruntime is not installed"
+
+
+def test_large_problems_are_compared_by_their_first_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("grouped", 2, 6, 5, 3, Hk=3, Nk=7, causal=True)
+    problem = case.problem("float64")
+    whole = problem.truth()
+    monkeypatch.setattr("tilewise.bench.problems._COMPARED_PAIRS", 2 * 5 * 7 * 5)
+    part = problem.compared().truth()
+    assert part.o.shape == (2, 4, 5, 3)
+    assert part.dk.shape == (2, 2, 7, 3)
+    for some, every in zip(part, whole, strict=True):
+        np.testing.assert_array_equal(some, every[:, : some.shape[1]])
 
 
 def test_exact_agrees_with_the_textbook_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

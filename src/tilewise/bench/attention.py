@@ -12,156 +12,41 @@ backward 5, forward with its JVP in one pass 6, double backward 15 (the JVP 5, i
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
+from tilewise.base.dtypes import is_narrow, unit_roundoff
 from tilewise.bench import contenders, textbook
-from tilewise.bench.contenders import (
-    DOOR,
-    MATH,
-    PACKED,
-    PYTORCH,
-    TEXTBOOK,
-    TILEWISE,
-    Contender,
-    Problem,
-)
+from tilewise.bench.cases import MATH, PADDED, READ, TEXTBOOK, Case, dtype_of
+from tilewise.bench.problems import Contender, NotAvailable, Problem
 from tilewise.hardware import machine, memory
 
-__all__ = ["SUITES", "Case", "CaseFailed", "Timing", "custom_case", "report", "run_case"]
+__all__ = ["Case", "CaseFailed", "Timing", "no_room", "report", "run_case", "verdict"]
 
-_PRODUCTS = {"forward": 2, "backward": 5, "jvp": 6, "double backward": 15}
 _GATE_ROUNDINGS = 64
+# 16 bits hold little beside the error of rounding the results themselves.
+_GATE_ROUNDINGS_OF_16_BITS = 2
 _SLOW_SECONDS = 0.25
+_VERY_SLOW_SECONDS = 5.0
 _SLOW_ROUNDS = 3
+_QUICK_SECONDS = 0.01
 _SPENT_SECONDS = 1.0
 _MOST_ROUNDS = 61
 # A library's idle threads may spin for a while; let them sleep before the other one starts.
 _PAUSE_SECONDS = 0.02
-_FEWEST_QUERIES_THROUGH_TORCH = 512
-
-
-@dataclass(frozen=True)
-class Case:
-    """A problem size and its mask; `threads` lists the thread counts, None for the run's own.
-
-    `derivatives` adds the JVP and double backward, beside the one peer that has them.
-    """
-
-    name: str
-    B: int
-    H: int
-    N: int
-    D: int
-    Hk: int | None = None
-    Nk: int | None = None
-    causal: bool = False
-    window: int | None = None
-    backward: bool = True
-    packed: bool = False
-    textbook: bool = True
-    threads: tuple[int, ...] | None = None
-    derivatives: bool = False
-
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Directions, those together that take turns with each other."""
-        if self.derivatives:
-            return ("forward", "jvp"), ("backward", "double backward")
-        return (("forward",), ("backward",)) if self.backward else (("forward",),)
-
-    @property
-    def keys(self) -> int:
-        """Number of keys."""
-        return self.N if self.Nk is None else self.Nk
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.H if self.Hk is None else self.Hk
-
-    def pairs(self) -> float:
-        """Return the visible (query, key) pairs of one head, causal counted as half of all."""
-        if self.window is not None:
-            position = np.arange(self.N) + self.keys - self.N
-            return float(np.minimum(position + 1, self.window + 1).sum())
-        return self.N * self.keys * (0.5 if self.causal else 1.0)
-
-    def flop(self, direction: str) -> float:
-        """Return the floating-point operations of a direction."""
-        return 2.0 * _PRODUCTS[direction] * self.B * self.H * self.pairs() * self.D
-
-    def kv_bytes(self, itemsize: int) -> int:
-        """Return the bytes of k and v, which a decode step reads once."""
-        return 2 * self.B * self.kv_heads * self.keys * self.D * itemsize
-
-    def problem(self, dtype: str) -> Problem:
-        """Return inputs from N(0, 1) with a fixed seed."""
-        rng = np.random.default_rng(0)
-        kv = (self.B, self.kv_heads, self.keys, self.D)
-        query = (self.B, self.H, self.N, self.D)
-        shapes = (query, kv, kv, query, *((query, kv, kv) if self.derivatives else ()))
-        q, k, v, do, *tangents = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
-        return Problem(q, k, v, do, self.causal, self.window, tuple(tangents))
-
-
-_FULL_64 = Case("full, N=2048, D=64", 1, 4, 2048, 64)
-_CAUSAL_64 = Case("causal, N=2048, D=64", 1, 4, 2048, 64, causal=True)
-_DECODE = Case(
-    "decode, Hq=32, Hk=8, Nk=8192, D=128",
-    *(1, 32, 1, 128),
-    Hk=8,
-    Nk=8192,
-    backward=False,
-    packed=True,
-)
-SUITES: dict[str, tuple[Case, ...]] = {
-    "quick": (_FULL_64, _CAUSAL_64, _DECODE),
-    "full": (
-        _FULL_64,
-        Case("full, N=2048, D=128", 1, 4, 2048, 128),
-        _CAUSAL_64,
-        Case("causal, N=512, B=4, H=12, D=64", 4, 12, 512, 64, causal=True),
-        Case("causal window 256, N=8192, D=64", 1, 1, 8192, 64, causal=True, window=256),
-        _DECODE,
-        Case("2 threads and 1, N=2048, D=64", 1, 4, 2048, 64, textbook=False, threads=(1, 2)),
-    ),
-}
-
-
-def custom_case(
-    N: int,
-    *,
-    B: int = 1,
-    H: int = 4,
-    D: int = 64,
-    causal: bool = False,
-    window: int | None = None,
-    derivatives: bool = False,
-) -> Case:
-    """Return a case of N queries and keys with a name made from its sizes."""
-    mask = f"causal window {window}" if window is not None else "causal" if causal else "full"
-    return Case(
-        f"{mask}, N={N}, B={B}, H={H}, D={D}",
-        *(B, H, N, D),
-        causal=causal or window is not None,
-        window=window,
-        textbook=not derivatives,
-        derivatives=derivatives,
-    )
 
 
 @dataclass(frozen=True)
 class Timing:
     """One contender in one direction.
 
-    `ratio` is its time over tilewise's (above 1: slower), `factor` its time over its own in the
-    first direction of the group; both are medians over the turns.
+    `ratio` is its time over that of the case's first contender (above 1: slower), `factor` its
+    time over its own in the first direction of the group, `share_of_read` the time of a plain
+    read of keys and values over its own; all are medians over the turns.
     """
 
     case: str
@@ -174,6 +59,7 @@ class Timing:
     rounds: int
     gflops: float
     kv_gbytes_per_s: float | None
+    share_of_read: float | None
     share_of_peak: float | None
     ratio: float
     factor: float
@@ -188,57 +74,72 @@ def run_case(
     case: Case,
     *,
     dtype: str = "float32",
-    threads: int = 1,
+    threads: Sequence[int] = (1,),
     repeats: int = 9,
     implementation: str | None = None,
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check and time one case in a process of its own.
 
     Args:
         case: what to run.
-        dtype: "float32" or "float64".
-        threads: threads of every contender, unless the case lists its own.
-        repeats: least number of turns; quick calls get more. The textbook formula gets only
-            three where a call takes it more than a quarter of a second.
+        dtype: "float64", "float32", "bfloat16" or "float16".
+        threads: thread counts of every contender, unless the case lists its own.
+        repeats: least number of turns; quick calls get more. The textbook formula and a padded
+            batch get only three where a call takes them more than a quarter of a second, another
+            peer where it takes more than five.
         implementation: which of tilewise's implementations, None for its own choice.
+        peers: parts of the names of those that take part beside the first; all where empty.
 
     Returns:
-        `{"timings": [...], "peak_gflops": ..., "skipped": {contender: reason}}`; each timing has
-        the fields of `Timing`.
+        `{"case": ..., "dtype": ..., "threads": [...], "timings": [...], "peak_gflops": ...,
+        "skipped": {contender: reason}}`; each timing has the fields of `Timing`.
 
     Raises:
-        CaseFailed: the process failed, or a result is not within the gate of the float64 one.
+        CaseFailed: the process failed, or a result of tilewise is not within the gate of the
+            float64 one.
     """
     arguments = {
         "case": asdict(case),
         "dtype": dtype,
-        "threads": threads,
+        "threads": list(case.threads or threads),
         "repeats": repeats,
         "implementation": implementation,
+        "peers": list(peers),
     }
     try:
         answer = memory.run_fresh(
-            f"{__name__}:measure_case", arguments, threads=max(case.threads or (threads,))
+            f"{__name__}:measure_case", arguments, threads=max(case.threads or threads)
         )
     except memory.FreshProcessError as error:
-        raise CaseFailed(f"{case.name}: {error}") from error
+        raise CaseFailed(f"{case.name}, {dtype}: {error}") from error
     if "wrong" in answer:
-        raise CaseFailed(f"{case.name}: {answer['wrong']}")
+        raise CaseFailed(f"{case.name}, {dtype}: {answer['wrong']}")
     return dict(answer)
 
 
-def report(runs: Iterable[dict[str, Any]], *, dtype: str, threads: int) -> dict[str, Any]:
+def report(
+    runs: Iterable[dict[str, Any]], *, dtypes: Sequence[str], threads: Sequence[int]
+) -> dict[str, Any]:
     """Return all figures with the machine and the versions, as the JSON file holds them."""
     from tilewise import __version__
 
-    versions = machine.versions("numpy", "torch")
+    versions = machine.versions("numpy", "ml_dtypes", "torch", "onnxruntime")
     return {
-        "machine": machine.describe(),
+        "machine": {**machine.describe(), "target": _target()},
         "versions": {"tilewise": __version__, **versions},
-        "dtype": dtype,
-        "threads": threads,
+        "dtype": ", ".join(dtypes),
+        "threads": list(threads),
         "runs": list(runs),
     }
+
+
+def _target() -> str | None:
+    try:
+        from tilewise import _core
+    except ImportError:
+        return None
+    return str(_core.target())
 
 
 @dataclass(frozen=True)
@@ -259,74 +160,147 @@ Label = tuple[str, int, str]
 
 
 def measure_case(
-    case: dict[str, Any], dtype: str, threads: int, repeats: int, implementation: str | None
+    case: dict[str, Any],
+    dtype: str,
+    threads: list[int],
+    repeats: int,
+    implementation: str | None,
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check and time one case here; `run_case` calls this in a process of its own."""
-    counts = case.pop("threads")
-    chosen = Case(**case, threads=None if counts is None else tuple(counts))
+    chosen = Case(**case)
     problem = chosen.problem(dtype)
-    found, skipped = _contenders(chosen, problem, implementation)
-    truth = problem.truth()._asdict()
-    if chosen.derivatives:
-        truth |= problem.true_tangents()
-    entries = []
+    found, skipped = _contenders(chosen, problem, implementation, peers)
+    truth = _truth(chosen, problem.compared())
+    entries: list[_Entry] = []
     for contender in found:
-        for count in chosen.threads or (threads,):
-            contenders.set_threads(count)
-            errors = _errors(contender, truth, chosen.groups)
-            wrong = verdict(contender.name, errors, dtype)
-            if wrong:
-                return {"wrong": wrong}
-            entries.append(_Entry(contender, count, errors))
+        try:
+            entries += _checked(contender, truth, chosen, dtype, threads)
+        except _Wrong as wrong:
+            if _is_own(contender.name) or contender is found[0]:
+                return {"wrong": str(wrong)}
+            skipped[contender.name] = str(wrong)
+        except Exception as error:
+            if _is_own(contender.name):
+                raise
+            skipped[contender.name] = _first_line(error)
     del truth
     peak = fma_peak(dtype)
     timings = []
     for group in chosen.groups:
-        calls = [(e, d, e.contender.prepare(d)) for d in group for e in entries]
+        calls = [
+            (e, d, e.contender.prepare(d, training=chosen.training))
+            for d in group
+            for e in entries
+            if e.contender.offers(d)
+        ]
         times = _alternate(calls, repeats)
         fixed = (times, peak, problem.q.itemsize)
         timings += [asdict(_timing(chosen, group[0], d, e, *fixed)) for e, d, _ in calls]
-    return {"case": asdict(chosen), "timings": timings, "peak_gflops": peak, "skipped": skipped}
+    return {
+        "case": asdict(chosen),
+        "dtype": dtype,
+        "threads": threads,
+        "timings": timings,
+        "peak_gflops": peak,
+        "skipped": skipped,
+    }
+
+
+class _Wrong(Exception):
+    """A result is not within the gate of the float64 one."""
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith("tilewise")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _truth(case: Case, problem: Problem) -> dict[str, Any]:
+    truth = problem.truth()._asdict()
+    return truth | problem.true_tangents() if case.derivatives else truth
+
+
+def _checked(
+    contender: Contender,
+    truth: dict[str, Any],
+    case: Case,
+    dtype: str,
+    threads: Sequence[int],
+) -> list[_Entry]:
+    """Return a contender at every number of threads, each compared with the truth."""
+    entries = []
+    for count in threads:
+        contenders.set_threads(count)
+        errors = _errors(contender, truth, case.groups)
+        wrong = verdict(contender.name, errors, dtype)
+        if wrong:
+            raise _Wrong(wrong)
+        entries.append(_Entry(contender, count, errors))
+    return entries
 
 
 def verdict(name: str, errors: dict[str, float], dtype: str) -> str | None:
     """Return in words what is wrong with a contender, None where its errors pass the gate."""
-    if all(error <= _GATE_ROUNDINGS * float(np.finfo(dtype).eps) for error in errors.values()):
+    kind = dtype_of(dtype)
+    roundings = _GATE_ROUNDINGS_OF_16_BITS if is_narrow(kind) else _GATE_ROUNDINGS
+    if all(error <= 2 * roundings * unit_roundoff(kind) for error in errors.values()):
         return None
     shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     return f"{name} is wrong: relative errors {shown}"
 
 
 def fma_peak(dtype: str) -> float | None:
-    """Return the measured fused-multiply-add peak of one core in GFLOP/s, None if unknown."""
+    """Return the measured fused-multiply-add peak of one core in GFLOP/s, None if unknown.
+
+    For 16 bits it is that of float32, in which their sums are.
+    """
     try:
         from tilewise import _core
     except ImportError:
         return None
-    return float(_core.fma_peak(dtype, 0.2))
+    return float(_core.fma_peak("float64" if dtype == "float64" else "float32", 0.2))
 
 
 def _contenders(
-    case: Case, problem: Problem, implementation: str | None
+    case: Case, problem: Problem, implementation: str | None, peers: Sequence[str]
 ) -> tuple[list[Contender], dict[str, str]]:
-    names = [DOOR] if case.derivatives or case.N >= _FEWEST_QUERIES_THROUGH_TORCH else []
-    names.append(MATH if case.derivatives else PYTORCH)
-    names += [PACKED] * case.packed + [TEXTBOOK] * case.textbook
-    sizes = (case.B * case.H, case.N, case.keys, problem.q.itemsize)
-    needs = {
-        TEXTBOOK: textbook.peak_bytes(*sizes),
-        # Both directions of a group are prepared at once.
-        MATH: sum(contenders.math_bytes(*sizes, direction) for direction in case.groups[-1]),
-    }
-    found, skipped = [contenders.tilewise(problem, implementation)], {}
-    for name in names:
-        reason = no_room(needs.get(name, 0))
-        peer = None if reason else contenders.make(name, problem, implementation)
-        if peer is None:
-            skipped[name] = reason or "PyTorch is not installed"
-        else:
-            found.append(peer)
+    first, *others = case.contenders
+    if peers:
+        others = [
+            name
+            for name in others
+            if name == READ or any(part.lower() in name.lower() for part in peers)
+        ]
+    found, skipped = [contenders.make(first, problem, implementation)], {}
+    for name in others:
+        reason = no_room(_needs(name, case, problem.q.itemsize))
+        if reason:
+            skipped[name] = reason
+            continue
+        try:
+            found.append(contenders.make(name, problem, implementation))
+        except NotAvailable as absent:
+            skipped[name] = str(absent)
     return found, skipped
+
+
+def _needs(name: str, case: Case, itemsize: int) -> int:
+    """Return the bytes that a contender with whole matrices holds at its peak."""
+    sizes = (case.B * case.H, case.N, case.keys, itemsize)
+    if name == TEXTBOOK:
+        return textbook.peak_bytes(*sizes)
+    if name == MATH:
+        # Both directions of a group are prepared at once.
+        return sum(contenders.math_bytes(*sizes, direction) for direction in case.groups[-1])
+    if name == PADDED:
+        # Its mask as booleans and as numbers.
+        return int((1 + itemsize) * len(case.documents) * max(case.documents) ** 2)
+    return 0
 
 
 def no_room(need: int) -> str | None:
@@ -342,8 +316,13 @@ def _errors(
 ) -> dict[str, float]:
     errors: dict[str, float] = {}
     for direction in (direction for group in groups for direction in group):
+        if not contender.offers(direction):
+            continue
         got = contender.run(direction)
-        errors |= {n: textbook.relative_error(got[n], truth[n]) for n in truth if n in got}
+        for name in (name for name in truth if name in got):
+            # The truth has the first heads alone where there are many.
+            part = got[name][:, : truth[name].shape[1]]
+            errors[name] = textbook.relative_error(part, truth[name])
     return errors
 
 
@@ -353,10 +332,9 @@ def _alternate(
     """Return the seconds of every turn; the first call of each only warms up."""
     first = {(*entry.label, direction): _once(entry, call) for entry, direction, call in calls}
     times: dict[Label, list[float]] = {label: [] for label in first}
-    # Only the baseline may sit out turns: a peer has to be there in each of them.
-    slow = {label for label in first if label[0] == TEXTBOOK and first[label] > _SLOW_SECONDS}
+    # Only a baseline may sit out turns, and a peer that would take minutes.
+    slow = {label for label, seconds in first.items() if seconds > _patience(label[0])}
     turn = sum(seconds for label, seconds in first.items() if label not in slow)
-    turn += sum(_PAUSE_SECONDS for entry, _, _ in calls if entry.threads > 1)
     rounds = max(repeats, min(_MOST_ROUNDS, int(_SPENT_SECONDS / max(turn, 1e-6))))
     gc.disable()
     try:
@@ -364,16 +342,26 @@ def _alternate(
             for entry, direction, call in calls:
                 label = (*entry.label, direction)
                 if index < _SLOW_ROUNDS or label not in slow:
-                    times[label].append(_once(entry, call))
+                    times[label].append(_once(entry, call, quick=first[label] < _QUICK_SECONDS))
     finally:
         gc.enable()
     return times
 
 
-def _once(entry: _Entry, call: Callable[[], Any]) -> float:
+def _patience(name: str) -> float:
+    """Return the seconds of a call beyond which a contender gets few turns."""
+    if name in (TEXTBOOK, PADDED):
+        return _SLOW_SECONDS
+    return math.inf if _is_own(name) else _VERY_SLOW_SECONDS
+
+
+def _once(entry: _Entry, call: Callable[[], Any], *, quick: bool = False) -> float:
     contenders.set_threads(entry.threads)
     if entry.threads > 1:
         time.sleep(_PAUSE_SECONDS)
+    if quick:
+        # Wakes the threads, which take as long as such a call.
+        call()
     start = time.perf_counter()
     kept = call()
     seconds = time.perf_counter() - start
@@ -395,9 +383,12 @@ def _timing(
     lower, _, upper = statistics.quantiles(own, n=4) if len(own) > 1 else (median,) * 3
     gflops = case.flop(direction) / median / 1e9
     decode = case.N == 1 and direction == "forward"
+    first_one = next(name for name, *_ in times)
+    reading = (READ, entry.threads, direction)
 
-    def over(other: Label) -> float:
-        return statistics.median(a / b for a, b in zip(own, times[other], strict=False))
+    def over(name: str, threads: int, then: str) -> float:
+        others = times[name, threads, then]
+        return statistics.median(a / b for a, b in zip(own, others, strict=False))
 
     return Timing(
         case=case.name,
@@ -410,8 +401,9 @@ def _timing(
         rounds=len(own),
         gflops=gflops,
         kv_gbytes_per_s=case.kv_bytes(itemsize) / median / 1e9 if decode else None,
+        share_of_read=1 / over(*reading) if reading in times else None,
         share_of_peak=gflops / (peak * entry.threads) if peak else None,
-        ratio=over((TILEWISE, entry.threads, direction)),
-        factor=over((*entry.label, first)),
+        ratio=over(first_one, entry.threads, direction),
+        factor=over(*entry.label, first),
         errors=entry.errors,
     )

@@ -13,16 +13,26 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tilewise.bench import contenders, textbook
-from tilewise.bench.attention import Case, CaseFailed, no_room, verdict
-from tilewise.bench.contenders import DOOR, MATH, TILEWISE, Contender, Problem
+from tilewise.bench.attention import CaseFailed, no_room, verdict
+from tilewise.bench.cases import DERIVATIVES, DOOR, MATH, TILEWISE, Case
+from tilewise.bench.problems import Contender, Problem
 from tilewise.hardware import memory
 
 __all__ = ["CASES", "MEMORY_CASE", "Figures", "measure_memory"]
 
 CASES = (
-    Case("full, N=2048, D=64", 1, 4, 2048, 64, textbook=False, derivatives=True),
-    Case("full, N=2048, D=128", 1, 4, 2048, 128, textbook=False, derivatives=True),
-    Case("causal, N=2048, D=64", 1, 4, 2048, 64, textbook=False, derivatives=True, causal=True),
+    Case("full, N=2048, D=64", 1, 4, 2048, 64, contenders=DERIVATIVES, derivatives=True),
+    Case("full, N=2048, D=128", 1, 4, 2048, 128, contenders=DERIVATIVES, derivatives=True),
+    Case(
+        "causal, N=2048, D=64",
+        1,
+        4,
+        2048,
+        64,
+        contenders=DERIVATIVES,
+        derivatives=True,
+        causal=True,
+    ),
 )
 MEMORY_CASE = Case("full, N=16384, H=2, D=64", 1, 2, 16384, 64, derivatives=True)
 
@@ -130,10 +140,7 @@ def measure_contender(
 
 
 def _make(contender: str, problem: Problem, implementation: str | None) -> Contender:
-    made = contenders.make(contender, problem, implementation, once=True)
-    if made is None:
-        raise ImportError("PyTorch is not installed")
-    return made
+    return contenders.make(contender, problem, implementation, once=True)
 
 
 def _errors(problem: Problem, results: dict[str, Any]) -> dict[str, float]:

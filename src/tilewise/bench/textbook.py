@@ -7,6 +7,7 @@ same in float64 by blocks of rows, so that it also serves where those matrices d
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 __all__ = ["Exact", "backward", "exact", "forward", "peak_bytes", "relative_error"]
 
 Array = NDArray[Any]
-Visible = Callable[[int, int], NDArray[np.bool_]]
-"""Rows `[start, stop)` of the mask: `(start, stop)` to a boolean `(stop - start, Nk)`."""
+Visible = Callable[[int, int, int], NDArray[np.bool_]]
+"""Rows `[start, stop)` of batch entry b: `(b, start, stop)` to booleans `(stop - start, Nk)`."""
 
 _BLOCK_BYTES = 32 << 20
 
@@ -95,7 +96,7 @@ def exact(q: Array, k: Array, v: Array, do: Array, visible: Visible | None = Non
         for h in range(H):
             head = (b, h // group)
             o[b, h], lse[b, h], dq[b, h], part_k, part_v = _exact_head(
-                q[b, h], k[head], v[head], do[b, h], visible
+                q[b, h], k[head], v[head], do[b, h], visible and partial(visible, b)
             )
             dk[head] += part_k
             dv[head] += part_v
@@ -103,7 +104,11 @@ def exact(q: Array, k: Array, v: Array, do: Array, visible: Visible | None = Non
 
 
 def _exact_head(
-    q: Array, k: Array, v: Array, do: Array, visible: Visible | None
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    visible: Callable[[int, int], NDArray[np.bool_]] | None,
 ) -> tuple[Array, Array, Array, Array, Array]:
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     N, scale = len(q), q.shape[-1] ** -0.5

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tilewise.base.dtypes import FLOATS, listed
 from tilewise.cli.files import replace_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tilewise.bench.attention import Case
+    from tilewise.bench.cases import Case
 
 __all__ = ["attention", "register"]
 
-_DTYPES = ("float32", "float64")
+_DECODE_NOTE = (
+    " GB/s: keys and values over the time. Of read: the time of a plain read of them over it."
+)
 _DERIVATIVES_NOTE = (
     " Factor: its time over its own forward (of a jvp, which contains one) or backward. Memory: "
     "growth of a fresh process beyond inputs and outputs, from the inputs to all results."
@@ -45,7 +48,12 @@ def attention(
         list[int] | None,
         typer.Option("--n", min=1, help="Time N queries and keys instead of a suite; repeatable."),
     ] = None,
-    suite: Annotated[str, typer.Option("--suite", help="quick or full.")] = "quick",
+    suite: Annotated[
+        str, typer.Option("--suite", help="quick, full, train, decode, masks or varlen.")
+    ] = "quick",
+    small_sizes: Annotated[
+        bool, typer.Option("--quick", help="Lengths of the suite divided by 64, for a try.")
+    ] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="B, with --n.")] = 1,
     heads: Annotated[int, typer.Option("--heads", min=1, help="H, with --n.")] = 4,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1, max=512, help="D, with --n.")] = 64,
@@ -53,8 +61,18 @@ def attention(
     window: Annotated[
         int | None, typer.Option("--window", min=0, help="Causal window, with --n.")
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of every contender.")] = 1,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float64.")] = "float32",
+    threads: Annotated[
+        list[int] | None,
+        typer.Option("--threads", min=1, help="Of every contender; repeatable. [default: 1]"),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", help=f"{listed(FLOATS)}; repeatable. [default: the suite's]"),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option("--peer", help="Compare with those alone whose name has this; repeatable."),
+    ] = None,
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Least number of turns per contender.")
     ] = 9,
@@ -72,27 +90,36 @@ def attention(
     ] = None,
 ) -> None:
     """Forward and backward of attention; no figure is shown for a result that is wrong."""
-    from tilewise.bench.attention import SUITES, custom_case
+    from tilewise.bench.cases import SUITES, custom_case, small
     from tilewise.bench.derivatives import CASES, MEMORY_CASE
 
-    if dtype not in _DTYPES:
-        _fail(f"--dtype must be float32 or float64, got {dtype!r}")
     if suite not in SUITES:
-        _fail(f"--suite must be {' or '.join(SUITES)}, got {suite!r}")
-    if derivatives and dtype != "float32":
+        _fail(f"--suite must be {listed(tuple(SUITES))}, got {suite!r}")
+    if derivatives and dtype not in (None, [], ["float32"]):
         _fail("--derivatives takes float32 alone")
+    _check_dtypes(dtype or ())
     for path in (json_file, plot_file):
         _check_writable(path)
     if plot_file is not None:
         _check_matplotlib()
-    cases: tuple[Case, ...] = CASES if derivatives else SUITES[suite]
+    chosen = SUITES["quick"] if derivatives or n else SUITES[suite]
+    cases: tuple[Case, ...] = CASES if derivatives else chosen.cases
     whole: tuple[Case, ...] = (MEMORY_CASE,) if derivatives else ()
     if n:
         sizes: dict[str, Any] = {"B": batch, "H": heads, "D": head_dim}
         sizes |= {"causal": causal, "window": window, "derivatives": derivatives}
         cases = tuple(custom_case(N, **sizes) for N in n)
         whole = cases if derivatives else ()
-    result = _run(cases, whole, dtype, threads, repeats, implementation)
+    if small_sizes:
+        cases, whole = tuple(map(small, cases)), tuple(map(small, whole))
+    _check_peers(peer or (), cases)
+    options: dict[str, Any] = {
+        "threads": tuple(threads or chosen.threads),
+        "implementation": implementation,
+    }
+    timed = {"repeats": repeats, "peers": tuple(peer or ())}
+    result = _run(cases, whole, tuple(dtype or chosen.dtypes), options, timed)
+    result["suite"] = None if n or derivatives else suite
     if json_file is not None:
         replace_text(json_file, json.dumps(result, indent=2) + "\n")
     if plot_file is not None:
@@ -103,10 +130,27 @@ def attention(
         raise typer.Exit(1)
 
 
+def _check_dtypes(names: Sequence[str]) -> None:
+    import importlib.util
+
+    for name in names:
+        if name not in FLOATS:
+            _fail(f"--dtype must be {listed(FLOATS)}, got {name!r}")
+    if "bfloat16" in names and importlib.util.find_spec("ml_dtypes") is None:
+        _fail('--dtype bfloat16 needs ml_dtypes: pip install "tilewise[bf16]"')
+
+
 def _fail(text: str) -> NoReturn:
     """End with one line on standard error and exit status 2."""
     typer.echo(f"bench: {text}", err=True)
     raise typer.Exit(2)
+
+
+def _check_peers(parts: Sequence[str], cases: tuple[Case, ...]) -> None:
+    names = dict.fromkeys(name for case in cases for name in case.contenders[1:])
+    for part in parts:
+        if not any(part.lower() in name.lower() for name in names):
+            _fail(f"--peer must be part of one of the names {', '.join(names)}, got {part!r}")
 
 
 def _check_writable(path: Path | None) -> None:
@@ -126,10 +170,9 @@ def _check_matplotlib() -> None:
 def _run(
     cases: tuple[Case, ...],
     whole: tuple[Case, ...],
-    dtype: str,
-    threads: int,
-    repeats: int,
-    implementation: str | None,
+    dtypes: tuple[str, ...],
+    options: dict[str, Any],
+    timed: dict[str, Any],
 ) -> dict[str, Any]:
     """Time `cases` and measure the memory of `whole`, showing each as soon as it is done."""
     from rich.console import Console
@@ -139,17 +182,17 @@ def _run(
 
     screen, runs, spaces = Console(), [], []
     failed: list[str] = []
-    options: dict[str, Any] = {"threads": threads, "implementation": implementation}
-    for case in cases:
-        with _attempt(case.name, failed):
-            runs.append(run_case(case, dtype=dtype, repeats=repeats, **options))
-            screen.print(_table(runs[-1], threads, dtype))
+    for case, dtype in ((case, dtype) for case in cases for dtype in dtypes):
+        with _attempt(f"{case.name}, {dtype}", failed):
+            runs.append(run_case(case, dtype=dtype, **options, **timed))
+            screen.print(_table(runs[-1]))
+    most = {**options, "threads": max(options["threads"])}
     for case in whole:
         with _attempt(f"memory, {case.name}", failed):
-            figures = list(measure_memory(case, **options))
+            figures = list(measure_memory(case, **most))
             spaces.append({"case": asdict(case), "figures": figures})
-            screen.print(_memory_table(spaces[-1], threads))
-    result = report(runs, dtype=dtype, threads=threads)
+            screen.print(_memory_table(spaces[-1], most["threads"]))
+    result = report(runs, dtypes=dtypes, threads=options["threads"])
     result |= {"memory": spaces, "failed": failed}
     screen.print(_footer(result), highlight=False)
     return result
@@ -173,14 +216,13 @@ def _attempt(name: str, failed: list[str]) -> Iterator[None]:
         typer.echo(f"bench: {error}", err=True)
 
 
-def _table(run: dict[str, Any], threads: int, dtype: str) -> Table:
+def _table(run: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    counts = run["case"]["threads"] or (threads,)
-    shown = " and ".join(str(count) for count in counts)
-    plural = "" if tuple(counts) == (1,) else "s"
-    title = f"{run['case']['name']}: {dtype}, {shown} thread{plural}"
+    shown = " and ".join(str(count) for count in run["threads"])
+    plural = "" if run["threads"] == [1] else "s"
+    title = f"{run['case']['name']}: {run['dtype']}, {shown} thread{plural}"
     table = Table(
         title=title,
         title_justify="left",
@@ -188,9 +230,10 @@ def _table(run: dict[str, Any], threads: int, dtype: str) -> Table:
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    names = ["", "ms", "spread", "turns", "GFLOP/s", "of peak", "ratio"]
-    if run["case"]["derivatives"]:
-        names.append("factor")
+    decode = _is_decode(run)
+    names = ["", "ms", "spread", "turns"]
+    names += ["GB/s", "of read"] if decode else ["GFLOP/s", "of peak"]
+    names += ["ratio", "factor"] if run["case"]["derivatives"] else ["ratio"]
     for name in names:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     direction = None
@@ -198,21 +241,27 @@ def _table(run: dict[str, Any], threads: int, dtype: str) -> Table:
         if timing["direction"] != direction:
             direction = timing["direction"]
             table.add_row(f"[bold]{direction}[/]")
-        table.add_row(*_cells(timing, several=len(counts) > 1)[: len(names)])
-    table.caption = "\n".join(_notes(run, counts)) or None
+        cells = _cells(timing, several=len(run["threads"]) > 1, decode=decode)
+        table.add_row(*cells[: len(names)])
+    table.caption = "\n".join(_notes(run)) or None
     return table
 
 
-def _cells(timing: dict[str, Any], several: bool) -> list[str]:
-    share, name, median = timing["share_of_peak"], timing["contender"], timing["median_s"]
+def _is_decode(run: dict[str, Any]) -> bool:
+    return any(t["kv_gbytes_per_s"] is not None for t in run["timings"])
+
+
+def _cells(timing: dict[str, Any], *, several: bool, decode: bool) -> list[str]:
+    name, median = timing["contender"], timing["median_s"]
     spread = (timing["upper_quartile_s"] - timing["lower_quartile_s"]) / median
+    rate, share = ("kv_gbytes_per_s", "share_of_read") if decode else ("gflops", "share_of_peak")
     return [
         f"  {name}, {timing['threads']} thr." if several else f"  {name}",
         f"{1e3 * median:.2f}",
         f"{100 * spread:.0f} %",
         str(timing["rounds"]),
-        f"{timing['gflops']:.1f}",
-        "" if share is None else f"{100 * share:.0f} %",
+        f"{timing[rate]:.1f}",
+        "" if timing[share] is None else f"{100 * timing[share]:.0f} %",
         f"{timing['ratio']:.2f}",
         f"{timing['factor']:.2f}",
     ]
@@ -241,17 +290,17 @@ def _memory_table(space: dict[str, Any], threads: int) -> Table:
     return table
 
 
-def _notes(run: dict[str, Any], counts: Sequence[int]) -> list[str]:
-    notes = [f"{name} left out: {reason}" for name, reason in run["skipped"].items()]
-    if run["timings"][0]["kv_gbytes_per_s"] is not None:
-        rates = (f"{t['contender']} {t['kv_gbytes_per_s']:.1f}" for t in run["timings"])
-        notes.append("keys and values read, GB/s: " + ", ".join(rates))
-    if len(counts) > 1:
-        own = [t for t in run["timings"] if t["contender"] == "tilewise"]
+def _notes(run: dict[str, Any]) -> list[str]:
+    notes = [f"{name} not available: {reason}" for name, reason in run["skipped"].items()]
+    if len(run["threads"]) > 1:
+        first = run["case"]["contenders"][0]
+        own = [t for t in run["timings"] if t["contender"] == first]
         for direction in dict.fromkeys(t["direction"] for t in own):
             one, *more = (t["median_s"] for t in own if t["direction"] == direction)
             gains = ", ".join(f"{one / t:.2f}" for t in more)
-            notes.append(f"tilewise {direction}: {gains} times faster than with one thread")
+            notes.append(
+                f"{first} {direction}: {gains} times faster than with {run['threads'][0]} thread"
+            )
     return notes
 
 
@@ -260,9 +309,11 @@ def _footer(result: dict[str, Any]) -> str:
     peaks = [run["peak_gflops"] for run in result["runs"] if run["peak_gflops"]]
     peak = f"; FMA peak of one core {max(peaks):.0f} GFLOP/s" if peaks else ""
     return (
-        f"{result['machine']['processor']}, {result['machine']['cores']} cores{peak}\n{versions}\n"
+        f"{result['machine']['processor']}, {result['machine']['cores']} cores, "
+        f"{result['machine']['target']}{peak}\n{versions}\n"
         "Medians of alternating turns. Spread: between the quartiles, of the median. Ratio: the "
-        "contender's time over tilewise's, median over the turns (above 1: tilewise is faster)."
-        + _DERIVATIVES_NOTE
-        * bool(result["memory"])
+        "contender's time over that of the first line, median over the turns (above 1: the first "
+        "is faster)."
+        + _DECODE_NOTE * any(map(_is_decode, result["runs"]))
+        + _DERIVATIVES_NOTE * bool(result["memory"])
     )
