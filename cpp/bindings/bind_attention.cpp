@@ -151,7 +151,7 @@ class Call {
   void run(void (*AttentionFunctions::*function)(const AttentionProblem&)) const {
     if (in_.sequences.block_table && function != &AttentionFunctions::forward)
       refuse("block_table", "is for attention_forward");
-    const AttentionFunctions& functions = attention_functions(in_);
+    const AttentionFunctions functions = attention_functions(in_);
     nb::gil_scoped_release released;
     (functions.*function)(problem);
   }

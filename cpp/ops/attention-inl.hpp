@@ -134,7 +134,7 @@ void forward_decode(const AttentionProblem& all) {
 template <class E>
 void forward(const AttentionProblem& all) {
   if (all.in.B * all.in.H * all.in.N == 0) return;
-  if (all.in.N <= kDecodeQueries)
+  if (all.in.N <= kDecodeQueries && !kTiled<E>)
     forward_decode<E>(all);
   else
     by_query_blocks<ForwardBody<E>>(all, false);
@@ -208,7 +208,7 @@ void gradients(const AttentionProblem& problem, bool moves) {
   AttentionGradients& grads = all.gradients;
   const Sequences& sequences = in.sequences;
   if (in.B * in.Hk == 0) return;
-  if (bias_gradient(grads.dbias) == BiasGradient::kOverBoth && in.Nk > 1)
+  if (bias_gradient(grads.dbias) == BiasGradient::kOverBoth && in.Nk > 1 && in.N > 0)
     return gradients_over_both<E>(all, moves);
   if (in.N == 0) {
     Current<T> current(all);
@@ -297,6 +297,13 @@ TW_NOINLINE double fma_peak(double seconds) {
 template <class E>
 inline const AttentionFunctions* functions() {
   static const AttentionFunctions table{forward<E>, forward_jvp<E>, jvp<E>, vjp<E>, vjp_jvp<E>};
+  return &table;
+}
+
+// The two that take pairs of bf16.
+template <class E>
+inline const AttentionFunctions* pair_functions() {
+  static const AttentionFunctions table{forward<E>, nullptr, nullptr, vjp<E>, nullptr};
   return &table;
 }
 

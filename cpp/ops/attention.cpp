@@ -8,10 +8,14 @@ const AttentionKernels* attention_kernels_avx512();
 const AttentionKernels* attention_kernels_avx2();
 const AttentionKernels* attention_kernels_portable();
 const AttentionFunctions* attention_pairs_avx512bf16();
+const AttentionFunctions* attention_tiles_amx();
+const AttentionFunctions* attention_tiles_emulated();
 
 const AttentionKernels& attention_kernels() {
   switch (active_target()) {
 #if defined(__x86_64__)
+    case Target::kAmx:
+    case Target::kAmxEmulated:
     case Target::kAvx512Bf16:
     case Target::kAvx512:
       return *attention_kernels_avx512();
@@ -23,13 +27,21 @@ const AttentionKernels& attention_kernels() {
   }
 }
 
-const AttentionFunctions& attention_functions(const AttentionInputs& in) {
-#if defined(__x86_64__)
-  const bool in_pairs = in.q.storage == Storage::kBfloat16 && in.D % 2 == 0 && in.Dv % 2 == 0;
-  if (in_pairs && active_target() == Target::kAvx512Bf16) return *attention_pairs_avx512bf16();
-#endif
+AttentionFunctions attention_functions(const AttentionInputs& in) {
   const AttentionKernels& kernels = attention_kernels();
-  return in.q.storage == Storage::kFloat64 ? kernels.f64 : kernels.f32;
+  AttentionFunctions functions = in.q.storage == Storage::kFloat64 ? kernels.f64 : kernels.f32;
+#if defined(__x86_64__)
+  auto rows_of = [&](int64_t n) {
+    return in.q.storage == Storage::kBfloat16 && in.D % n == 0 && in.Dv % n == 0;
+  };
+  const Target target = active_target();
+  const AttentionFunctions* pairs = nullptr;
+  if (target == Target::kAvx512Bf16 && rows_of(2)) pairs = attention_pairs_avx512bf16();
+  if (target == Target::kAmx && rows_of(32)) pairs = attention_tiles_amx();
+  if (target == Target::kAmxEmulated && rows_of(32)) pairs = attention_tiles_emulated();
+  if (pairs) functions.forward = pairs->forward, functions.vjp = pairs->vjp;
+#endif
+  return functions;
 }
 
 namespace {

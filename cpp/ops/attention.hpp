@@ -131,8 +131,9 @@ struct AttentionKernels {
 
 const AttentionKernels& attention_kernels();  // of the active target
 
-// The active target's functions for the call: products of bf16 pairs where it has them and the
-// rows consist of pairs.
-const AttentionFunctions& attention_functions(const AttentionInputs& in);
+// The active target's functions for the call. Where it has products of bf16 pairs and the rows
+// consist of them, or of whole tiles of them, the forward pass and the VJP take these. Tangents do
+// not: the sum of p ts less mu o cancels, and would leave the rounding of p ts to bf16.
+AttentionFunctions attention_functions(const AttentionInputs& in);
 
 }  // namespace tilewise

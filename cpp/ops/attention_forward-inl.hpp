@@ -18,7 +18,7 @@ struct StoreScores {
   };
 };
 
-constexpr int kLinesAhead = 6;            // after 8 keys and one register of queries
+constexpr int kLinesAhead = 6;              // after 8 keys and one register of queries
 constexpr int64_t kBytesAhead = 512 << 10;  // that leave room in the second-level cache
 
 // Rows that the next block of queries will read, asked for line by line while products run.
@@ -29,7 +29,8 @@ class RowsToCome {
     if (rows <= 0 || x.pages) return;
     const int64_t ld = x.row * bytes_of(x.storage), bytes = columns * bytes_of(x.storage);
     const bool together = ld == bytes;
-    runs_[count_++] = {row_bytes(x, b, h, r), ld, together ? 1 : rows, together ? rows * ld : bytes};
+    runs_[count_++] = {row_bytes(x, b, h, r), ld, together ? 1 : rows,
+                       together ? rows * ld : bytes};
   }
   template <int LINES>
   TW_MEMBER void touch() {
@@ -98,10 +99,13 @@ struct States {
 };
 
 // Weights w = exp2(s - m) in place, the row sums, and the rescaling alpha of what was summed
-// before.
-template <class T, bool ENTROPY>
+// before. Pairs E of weights go to `pairs` instead, as from weights_of.
+template <class T, bool ENTROPY, class E = T>
 TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T* top, T* m, T* l,
-                               T* e, T* alpha) {
+                               T* e, T* alpha, [[maybe_unused]] E* pairs) {
+#if defined(TW_HAS_TILES)
+  if constexpr (kPairs<E>) tiled::clear_weights(segments, count, pairs);
+#endif
   for (int n = 0; n < kPanelVecs<T>; n++) {
     const int at = n * kWidth<T>, group = at / kGroup;
     const Vec<T> old = load(m + at), fresh = max(old, load(top + at)), high = finite_max<T>(fresh);
@@ -112,19 +116,30 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
       if (group < g.na || group >= g.nb) continue;
       seen = true;
       T* p = s + int64_t{g.ja} * kPanel + at;
+      [[maybe_unused]] Vec<T> even = zero<T>();
+      auto put = [&](bool odd, int j, T* to, Vec<T> w) __attribute__((always_inline)) {
+        if constexpr (!kPairs<E>)
+          store(to, w);
+        else if (odd)
+          store_pairs(pairs + int64_t{j >> 1} * kPanel + at, even, w);
+        else
+          even = w;
+      };
       int j = g.ja;
       for (; j + 4 <= g.jb; j += 4, p += 4 * kPanel) TW_UNROLL for (int i = 0; i < 4; i++) {
           const Vec<T> x = load(p + i * kPanel) - high, w = exp2<T>(x);
-          store(p + i * kPanel, w);
+          put(i & 1, j + i, p + i * kPanel, w);
           sum[i] += w;
           if (ENTROPY) ent[i] += select(equal(w, zero<T>()), w, w * x);
         }
       for (; j < g.jb; j++, p += kPanel) {
         const Vec<T> x = load(p) - high, w = exp2<T>(x);
-        store(p, w);
+        put(j & 1, j, p, w);
         sum[j & 3] += w;
         if (ENTROPY) ent[j & 3] += select(equal(w, zero<T>()), w, w * x);
       }
+      if constexpr (kPairs<E>)
+        if (j & 1) store_pairs(pairs + int64_t{j >> 1} * kPanel + at, even, zero<T>());
     }
     if (!seen) {
       store(alpha + at, splat<T>(1));
@@ -170,6 +185,9 @@ TW_NOINLINE void moments_panel(const T* w, T* ts, const Segment* segments, int c
 template <class E>
 TW_NOINLINE const E* weights_of(const Acc<E>* s, const Segment* segments, int count, E* pairs) {
   if constexpr (kPairs<E>) {
+#if defined(TW_HAS_TILES)
+    tiled::clear_weights(segments, count, pairs);
+#endif
     for (int i = 0; i < count; i++) {
       const Segment& g = segments[i];
       for (int j = g.ja; j < g.jb; j += 2)
@@ -199,7 +217,12 @@ struct TileRows {
   }
   // Rows from k0 for the scores: `columns` numbers are the terms of a score.
   void load_terms(const View4& x, int64_t b, int64_t h, int64_t k0, int keys, int64_t columns) {
-    if (x) rows = read_rows<E>(x, b, h, k0, keys, static_cast<int>(columns) / kFold<E>, scratch);
+    if (!x) return;
+    rows = read_rows<E>(x, b, h, k0, keys, static_cast<int>(columns) / kFold<E>, scratch);
+#if defined(TW_HAS_TILES)
+    if constexpr (kTiled<E>)
+      rows = tiled::aligned_rows(rows, keys, static_cast<int>(columns) / kFold<E>, scratch);
+#endif
   }
   // Rows from k0 for a sum over keys.
   void load_values(const View4& x, int64_t b, int64_t h, int64_t k0, int keys, int64_t columns) {
@@ -208,9 +231,14 @@ struct TileRows {
     if constexpr (kPairs<E>) {
       const Rows<E> halves = read_rows<E>(x, b, h, k0, keys, n / 2, scratch);
       const Bf16* from = reinterpret_cast<const Bf16*>(halves.at);
-      interleave_rows(from, 2 * halves.ld, keys, n, pairs, n);
       finite = all_finite(from, 2 * halves.ld, n, keys);
+#if defined(TW_HAS_TILES)
+      rows = {pairs, kTileKeys / 2 * kSide};
+      tiled::pack_values(from, 2 * halves.ld, keys, n, pairs, rows.ld);
+#else
+      interleave_rows(from, 2 * halves.ld, keys, n, pairs, n);
       rows = {pairs, n};
+#endif
     } else {
       rows = read_rows<E>(x, b, h, k0, keys, n, scratch);
       // Values are read in columns, of rows far apart: they come in while the keys are worked on.
@@ -366,15 +394,18 @@ class ForwardBody {
     const int at = (slot_ + p) * kPanel;
     if (logits_move_) move_logits(p, k0, segments, count);
     if (!logits_->plain) apply_options(p, k0, segments, count, words);
-    auto weights = out_.entropy ? weights_panel<T, true> : weights_panel<T, false>;
-    weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_);
+    const bool direct = kTiled<E> && !logits_move_ && !dropout_->on;
+    if (direct)
+      fold_weights(at, segments, count, weights_);
+    else
+      fold_weights<T>(at, segments, count, nullptr);
     if (logits_move_)
       moments_panel<T>(s_, ts_, segments, count, words,
                        options_move() ? T{1} : static_cast<T>(kLn2), now_->mu + at, alpha_);
     if (dropout_->on)
       dropout_->apply(segments, count, q0_ + p * kPanel, k0, s_, logits_move_ ? ts_ : nullptr);
     const int Dv = static_cast<int>(in_.Dv);
-    const E* w = weights_of<E>(s_, segments, count, weights_);
+    const E* w = direct ? weights_ : weights_of<E>(s_, segments, count, weights_);
     const Factor<E> values{v_.rows.at, v_.rows.ld, w};
     weighted_sum<E, 1>(&values, Dv, words, segments, count, now_->o + at * in_.Dv, alpha_,
                        v_.finite);
@@ -403,6 +434,13 @@ class ForwardBody {
     for (int g = 0; g * kGroup < rows_; g++)
       pack_rows<E>(x, b_, h_, q0_ + g * kGroup, std::min(kGroup, rows_ - g * kGroup), in_.D,
                    logits_->q_scale, pack_, to + panel(g, depth()));
+  }
+
+  // The panel at row `at`: weights in s_ or, where nothing else is done to them, in pairs.
+  template <class Out>
+  void fold_weights(int at, const Segment* segments, int count, Out* pairs) {
+    auto weights = out_.entropy ? weights_panel<T, true, Out> : weights_panel<T, false, Out>;
+    weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_, pairs);
   }
 
   bool options_move() const { return logits_->softcap || t_->tbias; }

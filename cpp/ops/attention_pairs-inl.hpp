@@ -89,7 +89,8 @@ class PairMask {
 // Weights and the rows they multiply. Numbers: weights [key][kGradQueries], rows of queries in
 // blocks of kGradWidth columns, rows of keys one after another. Pairs E over queries: weights
 // [key][kGradQueries / 2] and blocks of pairs of rows; over keys: weights [key / 2][kGradQueries]
-// and rows [key / 2]. What an odd last query or key is paired with is +0 in both.
+// and rows [key / 2]. What an odd last query or key is paired with is +0 in both. Tile registers
+// take weights over keys as [query][key / 2], and +0 in both up to a multiple of their terms.
 template <class E>
 struct Terms {
   struct Term {
@@ -136,11 +137,101 @@ TW_INLINE void add_seen(int n, const In& in, const Weight& weight, const Row& ro
   }
 }
 
+#if defined(TW_HAS_TILES)
+static_assert(kGradQueries % tiled::kTerms == 0 && kGradKeys % tiled::kTerms == 0);
+
+namespace tiled {
+
+// What the rows' elements left out by copy_finite add where they are seen: `out` rows of c, terms
+// in pairs of rows `ld` apart.
+template <class Sees, class Weight>
+TW_NOINLINE void add_not_finite(const E* rows, int64_t ld, int terms, int columns, int out,
+                                const Sees& sees, const Weight& weight, float* c, int64_t ldc) {
+  for (int k = 0; k < terms; k++)
+    for (int d = 0; d < columns; d += kSide) {
+      __m512i pairs = _mm512_loadu_si512(rows + k / 2 * ld + d);
+      const VecF x = half((VecI)pairs, k % 2);
+      const __mmask16 bad = static_cast<__mmask16>(~equal(x - x, zero<float>()));
+      for (int i = 0; bad && i < out; i++) {
+        if (!sees(i, k)) continue;
+        float* to = c + i * ldc + d;
+        store(to, fma_where(bad, set1(to_float(half(*weight(i, k / 2), k % 2))), x, load(to)));
+      }
+    }
+}
+
+// c[key] += sum over queries of weights [key][pair of queries] times rows; every term is one chain.
+TW_NOINLINE __attribute__((unused)) void sum_over_queries(const PairMask& mask,
+                                                          const Terms<E>& terms, bool finite,
+                                                          float* c, int64_t ldc) {
+  constexpr int kRows = kQueryTerms<E>, kW = kGradWidth<E>;
+  alignas(64) E clean[kRows * kW];
+  for (int t = 0; t < terms.count; t++)
+    for (int64_t d = 0; d < ldc; d += kW) {
+      const E *weights = terms.of[t].weights, *rows = block_row(terms.of[t].rows, 0, d), *b = rows;
+      const int pairs = (mask.rows() + kTerms - 1) / kTerms * kSide;
+      const int columns = static_cast<int>(std::min<int64_t>(kW, ldc - d));
+      if (!finite) copy_finite(rows, kW, pairs, kW, clean), b = clean;
+      for (int j = 0; j < mask.keys(); j += 2 * kSide) {
+        const int count = std::min(2 * kSide, mask.keys() - j);
+        int qa, qb;
+        mask.queries_of(j, j + count, &qa, &qb);
+        const int first = qa / kTerms, last = (qb + kTerms - 1) / kTerms;
+        const Operand a{weights + j * kRows + first * kSide, kRows, kSide * kRows, kSide};
+        for (int e = 0; e < columns; e += 2 * kSide)
+          add_product(a, {b + first * kSide * kW + e, kW, kSide, kSide * kW}, last - first, count,
+                      c + j * ldc + d + e, ldc);
+      }
+      if (!finite)
+        add_not_finite(
+            rows, kW, mask.rows(), columns, mask.keys(),
+            [&](int j, int q) { return mask.sees(j, q); },
+            [&](int j, int pair) { return weights + j * kRows + pair; }, c + d, ldc);
+    }
+}
+
+// c[query] += sum over keys of weights [query][pair of keys] times rows, `ld` apart as those of c.
+TW_NOINLINE __attribute__((unused)) void sum_over_keys(const PairMask& mask, const Terms<E>& terms,
+                                                       bool finite, float* c, int64_t ld) {
+  constexpr int kPairsOfKeys = kGradKeys / 2, kColumns = 2 * kSide;
+  alignas(64) E clean[kPairsOfKeys * kColumns];
+  for (int t = 0; t < terms.count; t++)
+    for (int64_t d = 0; d < ld; d += kColumns) {
+      const E *weights = terms.of[t].weights, *rows = terms.of[t].rows + d;
+      Operand b{rows, ld, kSide, kSide * ld};
+      if (!finite) {
+        copy_finite(rows, ld, (mask.keys() + kTerms - 1) / kTerms * kSide, kColumns, clean);
+        b = {clean, kColumns, kSide, kSide * kColumns};
+      }
+      for (int q = 0; q < mask.rows(); q += 2 * kSide) {
+        const int count = std::min(2 * kSide, mask.rows() - q);
+        int ja, jb;
+        mask.keys_of(q, q + count, &ja, &jb);
+        const int first = ja / kTerms, last = (jb + kTerms - 1) / kTerms;
+        const E* a = weights + q * kPairsOfKeys + first * kSide;
+        add_product({a, kPairsOfKeys, kSide * kPairsOfKeys, kSide},
+                    {b.at + first * b.step, b.stride, b.next, b.step}, last - first, count,
+                    c + q * ld + d, ld);
+      }
+      if (!finite)
+        add_not_finite(
+            rows, ld, mask.keys(), kColumns, mask.rows(),
+            [&](int q, int j) { return mask.sees(j, q); },
+            [&](int q, int pair) { return weights + q * kPairsOfKeys + pair; }, c + d, ld);
+    }
+}
+
+}  // namespace tiled
+#endif
+
 // c[key] += sum over queries of weights times rows; every term is one chain. Ranges that no pair
 // sees are left out.
 template <class E>
 TW_NOINLINE void sum_over_queries(const PairMask& mask, const Terms<E>& terms, bool finite,
                                   Acc<E>* c, int64_t ldc) {
+#if defined(TW_HAS_TILES)
+  if constexpr (kTiled<E>) return tiled::sum_over_queries(mask, terms, finite, c, ldc);
+#endif
   constexpr int kW = kGradWidth<E>, kTerms = kQueryTerms<E>;
   for (int t = 0; t < terms.count; t++) {
     const E *weights = terms.of[t].weights, *blocks = terms.of[t].rows;
@@ -169,6 +260,9 @@ TW_NOINLINE void sum_over_queries(const PairMask& mask, const Terms<E>& terms, b
 template <class E>
 TW_NOINLINE void sum_over_keys(const PairMask& mask, const Terms<E>& terms, bool finite, Acc<E>* c,
                                int64_t ld) {
+#if defined(TW_HAS_TILES)
+  if constexpr (kTiled<E>) return tiled::sum_over_keys(mask, terms, finite, c, ld);
+#endif
   constexpr int kW = kGradWidth<E>;
   for (int t = 0; t < terms.count; t++) {
     const E *weights = terms.of[t].weights, *rows = terms.of[t].rows;

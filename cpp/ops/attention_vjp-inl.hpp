@@ -258,6 +258,10 @@ class VjpBody {
       const Bf16* from = reinterpret_cast<const Bf16*>(rows.at);
       t.finite &= all_finite(from, 2 * rows.ld, n, t.rows);
       interleave_blocks<kGradWidth<T>>(from, 2 * rows.ld, n, t.rows, to, kGradQueries / 2);
+#if defined(TW_HAS_TILES)
+      for (int64_t c = 0; c < n; c += kGradWidth<T>)
+        tiled::clear_pairs(t.rows, kGradWidth<T>, to + c * (kGradQueries / 2));
+#endif
     } else {
       t.finite &= all_finite<T>(rows.at, rows.ld, n, t.rows);
       pack_blocks<T, kGradWidth<T>>(rows.at, rows.ld, n, t.rows, mul, to, kGradQueries);
@@ -422,6 +426,9 @@ class VjpBody {
       }
       const Bf16* from = reinterpret_cast<const Bf16*>(rows.at);
       if (pairs) interleave_rows(from, 2 * rows.ld, keys, n, pairs, ld);
+#if defined(TW_HAS_TILES)
+      if (pairs) tiled::clear_pairs(keys, static_cast<int>(ld), pairs);
+#endif
       keys_finite_[tile] &= all_finite(from, 2 * rows.ld, n, keys);
     } else {
       for (int r = 0; r < keys; r++)
@@ -477,8 +484,12 @@ class VjpBody {
         for (int q = 0; q < mask_.groups() * kGroup; q += 2 * kGroup) {
           const T* at = weights + j * kGradQueries + q;
           const bool both = q + kGroup < mask_.groups() * kGroup;
-          store_row_pairs(pairs + (j * kGradQueries + q) / 2, load(at),
-                          both ? load(at + kGroup) : zero<T>());
+          Vec<T> first = load(at), second = both ? load(at + kGroup) : zero<T>();
+#if defined(TW_HAS_TILES)
+          first = tiled::first_lanes(mask_.rows() - q, first);
+          second = tiled::first_lanes(mask_.rows() - q - kGroup, second);
+#endif
+          store_row_pairs(pairs + (j * kGradQueries + q) / 2, first, second);
         }
       return pairs;
     }
@@ -486,7 +497,14 @@ class VjpBody {
   const E* of_keys(const T* weights, E* pairs) const {
     if constexpr (!kPairs<E>)
       return weights;
-    else {
+    else if constexpr (kTiled<E>) {
+#if defined(TW_HAS_TILES)
+      for (int q = 0; q < mask_.rows(); q += kGroup)
+        tiled::pack_weights(weights + q, kGradQueries, mask_.keys(), pairs + q * (kGradKeys / 2),
+                            kGradKeys / 2);
+#endif
+      return pairs;
+    } else {
       for (int j = 0; j < mask_.keys(); j += 2)
         for (int q = 0; q < mask_.groups() * kGroup; q += kWidth<T>) {
           const T* at = weights + j * kGradQueries + q;

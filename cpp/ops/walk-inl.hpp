@@ -16,6 +16,9 @@ constexpr int kStep = 8;  // keys whose masking is decided together with one gro
 constexpr int kMaxBlock = 384;
 constexpr int kMaxGroups = kMaxBlock / kGroup;
 constexpr int kMaxSegments = kTileKeys / kStep;
+#if defined(TW_HAS_TILES)
+static_assert(kTileKeys == tiled::kMostSteps * tiled::kTerms);
+#endif
 
 enum class Seen : uint8_t { kNone, kSome, kAll };
 

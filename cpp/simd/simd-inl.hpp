@@ -12,12 +12,17 @@
 #include <limits>
 #include <type_traits>
 
-#include "runtime/float16.hpp"
+#include "simd/float16.hpp"
 
 #define TW_INLINE static inline __attribute__((always_inline))
 #define TW_MEMBER inline __attribute__((always_inline))
 #define TW_NOINLINE static __attribute__((noinline))
 #define TW_UNROLL _Pragma("GCC unroll 32")
+
+#if defined(TILEWISE_TARGET_AMX) || defined(TILEWISE_TARGET_AMX_EMULATED)
+#define TW_HAS_TILES
+#include "simd/amx-inl.hpp"
+#endif
 
 #include "simd/begin.hpp"
 
@@ -77,6 +82,15 @@ template <class E>
 using Acc = std::conditional_t<std::is_same_v<E, Bf16x2>, float, E>;
 template <class E>
 constexpr int kFold = std::is_same_v<E, Bf16x2> ? 2 : 1;
+
+// Whether the products of E are made by tile registers.
+#if defined(TW_HAS_TILES)
+template <class E>
+constexpr bool kTiled = std::is_same_v<E, Bf16x2>;
+#else
+template <class E>
+constexpr bool kTiled = false;
+#endif
 
 #if defined(TILEWISE_TARGET_AVX512)
 template <class T>
@@ -346,12 +360,15 @@ TW_INLINE __m512i round_pair(VecF lo, VecF hi) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);
 }
 // Lane i holds first[i] and second[i].
-TW_INLINE void store_pairs(Bf16x2* to, VecF first, VecF second) {
+TW_INLINE VecI lane_pairs(VecF first, VecF second) {
   const __m512i order = _mm512_add_epi32(
       _mm512_set1_epi32(0x00100000),
       _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
-  store(to, (VecI)_mm512_permutexvar_epi16(order, round_pair(first, second)));
+  return (VecI)_mm512_permutexvar_epi16(order, round_pair(first, second));
+}
+TW_INLINE void store_pairs(Bf16x2* to, VecF first, VecF second) {
+  store(to, lane_pairs(first, second));
 }
 // 32 numbers of a row, in their order.
 TW_INLINE void store_row_pairs(Bf16x2* to, VecF lo, VecF hi) {
@@ -536,6 +553,29 @@ TW_INLINE void load_columns4(const float* p, int64_t ld, int last, VecF* out) {
   TW_UNROLL for (int i = 0; i < 4; i++) out[i] = gather_rows4(p, ld, i, last);
   transpose4(out);
 }
+#if defined(TW_HAS_TILES)
+// x[i] lane j and x[j] lane i change places. Moved and never computed with.
+TW_INLINE void transpose16(VecI* x) {
+  VecF t[kGroup];
+  TW_UNROLL for (int i = 0; i < kGroup; i++) t[i] = (VecF)x[i];
+  TW_UNROLL for (int i = 0; i < kGroup; i += 4) transpose4(t + i);
+  // now t[4 i + e] holds rows [4 i, 4 i + 4) of columns e, e + 4, e + 8, e + 12
+  auto even = [](VecF a, VecF b) __attribute__((always_inline)) {
+    return (VecF)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88);
+  };
+  auto odd = [](VecF a, VecF b) __attribute__((always_inline)) {
+    return (VecF)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+  };
+  TW_UNROLL for (int e = 0; e < 4; e++) {
+    const VecF a = even(t[e], t[4 + e]), b = even(t[8 + e], t[12 + e]);
+    const VecF c = odd(t[e], t[4 + e]), d = odd(t[8 + e], t[12 + e]);
+    x[e] = (VecI)even(a, b);
+    x[4 + e] = (VecI)even(c, d);
+    x[8 + e] = (VecI)odd(a, b);
+    x[12 + e] = (VecI)odd(c, d);
+  }
+}
+#endif
 #if defined(TW_HAS_PAIRS)
 // Four pairs of columns, moved and never computed with.
 TW_INLINE void load_columns4(const Bf16* p, int64_t ld, int last, VecI* out) {
@@ -598,8 +638,12 @@ TW_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p);
 }
 
-// A caller's flush-to-zero or rounding mode must not change bits.
+// A caller's flush-to-zero or rounding mode must not change bits. Tile registers work while it
+// lives.
 struct FloatingPointMode {
+#if defined(TW_HAS_TILES)
+  TileMode tiles;
+#endif
 #if defined(__x86_64__)
   unsigned saved = _mm_getcsr();
   FloatingPointMode() { _mm_setcsr(0x1f80); }

@@ -3,8 +3,8 @@
 // Micro-kernels are leaves: accumulators never live across a call. An element E is a number or a
 // pair of terms; depths and strides count elements, sums are Acc<E>.
 #pragma once
-#include "math/softmax_state-inl.hpp"
-#include "tile/pack-inl.hpp"
+#include "tile/segments-inl.hpp"
+#include "tile/tiles-inl.hpp"
 
 #include "simd/begin.hpp"
 
@@ -17,33 +17,8 @@ constexpr int kGradVecs = kVectorBytes == 64 ? 4 : 2;
 template <class T>
 constexpr int kGradWidth = kGradVecs * kWidth<T>;
 
-// A run of keys [ja, jb) of a tile seen by the panel's groups [na, nb). `edge`: some pairs in it
-// are masked.
-struct Segment {
-  int ja, jb, na, nb;
-  bool edge;
-};
-
-// The lanes of register n of a panel that see key j: `words` holds kPanelGroups words of 16 lanes a
-// key.
-template <class T>
-TW_INLINE Lanes<T> edge_lanes(const uint16_t* words, int j, int n) {
-  const int lane = n * kWidth<T>;
-  return lanes<T>(
-      static_cast<uint32_t>(words[j * kPanelGroups + lane / kGroup] >> (lane % kGroup)) &
-      ((1u << kWidth<T>)-1));
-}
-
 // --- Scores: C[j][lane] = sum_d A[j][d] B[d][lane], handed to Epilogue::Column(epilogue,
 // register).put(j, value); with two factors the sum goes on over the second ---------
-
-// `a` is the tile's first key, `b` the panel.
-template <class E>
-struct Factor {
-  const E* a;
-  int64_t lda;
-  const E* b;
-};
 
 template <class E, int MR, int NR, int COUNT, class Epilogue>
 TW_INLINE void scores_block(const Factor<E>* factors, int depth, const Epilogue& epilogue,
@@ -96,6 +71,9 @@ TW_NOINLINE void scores_columns(const Factor<E>* factors, int depth, const Epilo
 template <int COUNT, class E, class Epilogue>
 TW_INLINE void scores_of(const Factor<E>* factors, int depth, const Epilogue& epilogue,
                          const Segment& s, Acc<E> scale = 1) {
+#if defined(TW_HAS_TILES)
+  if constexpr (kTiled<E>) return tiled::scores_of<COUNT>(factors, depth, epilogue, s, scale);
+#endif
   const int end = s.nb * kRegs<E>;
   for (int n = s.na * kRegs<E>; n < end;) {
     const int left = end - n;
@@ -179,14 +157,6 @@ TW_INLINE void weighted_run(Vec<Acc<E>> (&acc)[MR][kVecBlock], const E* v, int64
   }
 }
 
-// The tile's segments; `finite`: no hidden value is NaN or infinite, which matters to pairs.
-struct Run {
-  const uint16_t* words;
-  const Segment* segments;
-  int count;
-  bool finite;
-};
-
 // Keys [begin, begin + kChainKeys) of the tile; the first such run rescales C even where it sees
 // nothing. Columns from d, registers from n0.
 template <class E, int MR, int COUNT>
@@ -253,6 +223,9 @@ TW_NOINLINE void weighted_sum(const Factor<E>* factors, int columns, const uint1
                               const Segment* segments, int count, Acc<E>* c, const Acc<E>* alpha,
                               bool finite = true) {
   const Run run{words, segments, count, finite};
+#if defined(TW_HAS_TILES)
+  if constexpr (kTiled<E>) return tiled::weighted_sum<COUNT>(factors, columns, run, c, alpha);
+#endif
   for (int n0 = 0; n0 < kPanelVecs<E>; n0 += kVecBlock) {
     auto block = [&](auto rows, int d) __attribute__((always_inline)) {
       weighted_block<E, rows(), COUNT>(factors, run, d, c + n0 * kWidth<E>, alpha + n0 * kWidth<E>,

@@ -4,6 +4,7 @@
 
 #include "runtime/views.hpp"
 #include "tile/pack-inl.hpp"
+#include "tile/tiles-inl.hpp"
 
 #include "simd/begin.hpp"
 
@@ -66,6 +67,26 @@ TW_NOINLINE Rows<E> read_rows(const View4& x, int64_t b, int64_t h, int64_t r, i
     convert_row<E>(row_bytes(x, b, h, r + i), x.storage, columns, scratch + int64_t{i} * columns);
   return {scratch, columns};
 }
+
+#if defined(TW_HAS_TILES)
+namespace tiled {
+
+// The same rows on whole cache lines, one after another, with zeros after them where `n` are fewer
+// than a tile register has.
+TW_INLINE Rows<E> aligned_rows(Rows<E> rows, int n, int columns, E* scratch) {
+  const bool here = rows.ld == columns && reinterpret_cast<uintptr_t>(rows.at) % 64 == 0;
+  if (here && n >= kSide) return rows;
+  const size_t bytes = sizeof(E) * static_cast<size_t>(columns);
+  for (int r = 0; r < n && rows.at != scratch; r++)
+    std::memcpy(static_cast<void*>(scratch + r * columns), rows.at + r * rows.ld, bytes);
+  if (n < kSide)
+    std::memset(static_cast<void*>(scratch + n * columns), 0,
+                static_cast<size_t>(kSide - n) * bytes);
+  return {scratch, columns};
+}
+
+}  // namespace tiled
+#endif
 
 // Where rows of T are to be written: in place or, stored otherwise, in `scratch` for put_rows.
 template <class T>

@@ -3,6 +3,6 @@
 
 namespace tilewise {
 const AttentionFunctions* attention_pairs_avx512bf16() {
-  return avx512bf16::functions<Bf16x2>();
+  return avx512bf16::pair_functions<Bf16x2>();
 }
 }  // namespace tilewise
