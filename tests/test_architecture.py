@@ -25,6 +25,7 @@ PLACES = {
         "tilewise.transformers",
         "tilewise.bench",
         "tilewise.verify.sweep",
+        "tilewise.verify.tensors",
         "tilewise.verify.textbook",
     ),
     "jax": ("tilewise.jax", "tilewise.distributed", "tilewise.bench"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -775,3 +777,9 @@ def test_a_bad_cache_is_refused(change: dict[str, Any], error: type[Exception], 
     with pytest.raises(error) as caught:
         tw.KVCache(**{**good, **change})
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_of_a_whole_cache_are_refused(duplicate: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"^KVCache: copies must be made by fork, .* deepcopy"):
+        duplicate(filled(5)[0])

@@ -47,3 +47,20 @@ def test_a_call_needs_numpy_alone() -> None:
 def test_command_line_starts_without_frameworks() -> None:
     loaded = packages(newly_imported("import tilewise.cli"))
     assert not loaded & (HEAVY - {"typer", "rich", "click"})
+
+
+THREADS = """
+import numpy, threading, tilewise
+a, start, found = numpy.ones((1, 1, 2, 3), numpy.float32), threading.Barrier(8), []
+def call():
+    start.wait()
+    found.append(tilewise.attention(a, a, a).shape)
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert found == [a.shape] * 8, found
+"""
+
+
+def test_first_calls_may_come_from_several_threads() -> None:
+    newly_imported(THREADS)

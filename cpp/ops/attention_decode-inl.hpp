@@ -111,6 +111,19 @@ TW_INLINE Vec<Bf16x2> halves(Vec<Bf16x2> x, bool first, bool second) {
   return x & static_cast<int>((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0));
 }
 
+// Sum of pairs [ja, jb), multiples of 4, in the order of sum_rounded.
+TW_INLINE float sum_by_pair(const Bf16x2* w, int ja, int jb) {
+  const __m128bh one = (__m128bh)_mm_set1_epi32(0x3f803f80);
+  __m128 sum = _mm_setzero_ps();
+  for (int j = ja; j < jb; j += 4) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + j));
+    sum = _mm_dpbf16_ps(sum, (__m128bh)x, one);
+  }
+  alignas(16) float s[4];
+  _mm_store_ps(s, sum);
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
 // The same with pairs of neighbouring keys, `keys` of which exist; columns from v are `columns`
 // wide, and those of o and `part` rounded up.
 template <int G, int NV, bool EDGE>
@@ -168,7 +181,9 @@ class DecodeBody {
   static constexpr int kP = kFold<E>;
 
  public:
-  // The state of a (batch, KV head, chunk): o[rows][Dv], m, l, e [rows rounded up to 16].
+  // The state of a (batch, KV head, chunk): o[rows][Dv], m, l, e and of pairs the sums of rounded
+  // weights [rows rounded up to 16].
+  static constexpr int kNumbers = kPairs<E> ? 4 : 3;
   static int64_t padded_rows(const AttentionInputs& in) {
     return (in.H / in.Hk * in.N + kGroup - 1) / kGroup * kGroup;
   }
@@ -176,7 +191,7 @@ class DecodeBody {
     return (in.Dv + kGroup - 1) / kGroup * kGroup;
   }
   static int64_t state_size(const AttentionInputs& in) {
-    return padded_rows(in) * (columns(in) + 3);
+    return padded_rows(in) * (columns(in) + kNumbers);
   }
 
   explicit DecodeBody(const AttentionProblem& problem)
@@ -199,7 +214,7 @@ class DecodeBody {
     b_ = b;
     hk_ = hk;
     const int64_t rows = in_.H / in_.Hk * in_.N;
-    std::memset(state, 0, sizeof(T) * static_cast<size_t>(padded_ * (ldo_ + 3)));
+    std::memset(state, 0, sizeof(T) * static_cast<size_t>(padded_ * (ldo_ + kNumbers)));
     for (int64_t r = 0; r < padded_; r++) m_of(state)[r] = -std::numeric_limits<T>::infinity();
     const int64_t end = std::min(in_.Nk, (c + 1) * kChunkKeys);
     for (int64_t k0 = c * kChunkKeys; k0 < end; k0 += kTileKeys) {
@@ -225,14 +240,16 @@ class DecodeBody {
   // Merges the chunks' states in ascending order and writes the rows of one KV head.
   void finish(int64_t b, int64_t hk, T* states, int64_t chunks) {
     const int64_t group = in_.H / in_.Hk, rows = group * in_.N;
-    for (int64_t c = 1; c < chunks; c++) merge(states, states + c * padded_ * (ldo_ + 3), rows);
+    for (int64_t c = 1; c < chunks; c++)
+      merge(states, states + c * padded_ * (ldo_ + kNumbers), rows);
     for (int64_t r = 0; r < rows; r += kGroup) {
       const int n = static_cast<int>(std::min<int64_t>(kGroup, rows - r));
       alignas(64) T sink[kGroup] = {};
       if (in_.sinks)
         for (int i = 0; i < n; i++) sink[i] = *in_.sinks.at<T>(0, hk * group + (r + i) / in_.N);
-      const RowEnd<T> end(m_of(states) + r, l_of(states) + r, e_of(states) + r, bool(in_.sinks),
-                          sink);
+      RowEnd<T> end(m_of(states) + r, l_of(states) + r, e_of(states) + r, bool(in_.sinks), sink);
+      if constexpr (kPairs<E>)
+        if (!in_.dropout.on) divide_by_rounded(&end, l_of(states) + r, rounded_of(states) + r);
       for (int i = 0; i < n; i++) {
         const int64_t h = hk * group + (r + i) / in_.N, row = (r + i) % in_.N;
         end.write(out_, in_.row_at(b, h, row), 1, i);
@@ -249,6 +266,7 @@ class DecodeBody {
   T* m_of(T* state) const { return state + padded_ * ldo_; }
   T* l_of(T* state) const { return m_of(state) + padded_; }
   T* e_of(T* state) const { return l_of(state) + padded_; }
+  T* rounded_of(T* state) const { return e_of(state) + padded_; }
 
   void merge(T* a, T* b, int64_t rows) const {
     for (int64_t r = 0; r < rows; r += kWidth<T>) {
@@ -257,6 +275,8 @@ class DecodeBody {
       const Merge<T> merge(ma, mb);
       store(m_of(a) + r, merge.m);
       store(l_of(a) + r, merge(la, lb));
+      if constexpr (kPairs<E>)
+        store(rounded_of(a) + r, merge(load(rounded_of(a) + r), load(rounded_of(b) + r)));
       store(e_of(a) + r, merge.entropy(load(e_of(a) + r), la, ma, load(e_of(b) + r), lb, mb));
       for (int i = 0; i < kWidth<T> && r + i < rows; i++) {
         T *x = a + (r + i) * ldo_, *y = b + (r + i) * ldo_;
@@ -357,10 +377,13 @@ class DecodeBody {
       edge |= ja % 2 != 0 || jb % 2 != 0;
       ja -= ja % 2;
       jb = std::min(jb + jb % 2, keys);
-      for (int g = 0; g < G; g++)
+      for (int g = 0; g < G; g++) {
         for (int j = begin; j < end; j += kGroup * 2)
           store_row_pairs(weights_ + (g * kTileKeys + j) / 2, load(s_ + g * kTileKeys + j),
                           load(s_ + g * kTileKeys + j + kGroup));
+        T* sum = rounded_of(state) + r + g;
+        *sum = fused(*sum, alpha[g], sum_by_pair(weights_ + g * kTileKeys / 2, begin / 2, end / 2));
+      }
     }
     for (int begin = 0; begin < jb; begin += kChainKeys)
       chain<G>(begin, ja, jb, edge, k0, state + r * ldo_, alpha);

@@ -88,6 +88,8 @@ struct StoreMax {
 template <class T>
 struct States {
   T *o, *m, *l, *e, *to, *mu;
+  // of pairs: row sums of the weights as they are rounded, and sums of values by what is lost
+  T *rounded, *lost;
   void clear(int panels, int Dv) {
     const size_t lanes = static_cast<size_t>(panels) * kPanel;
     std::memset(o, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
@@ -95,6 +97,8 @@ struct States {
     if (mu) std::memset(mu, 0, sizeof(T) * lanes);
     for (int i = 0; i < panels * kPanel; i++)
       m[i] = -std::numeric_limits<T>::infinity(), l[i] = 0, e[i] = 0;
+    if (rounded) std::memset(rounded, 0, sizeof(T) * lanes);
+    if (lost) std::memset(lost, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
   }
 };
 
@@ -182,9 +186,11 @@ TW_NOINLINE void moments_panel(const T* w, T* ts, const Segment* segments, int c
 }
 
 // Weights as the values' product takes them: in pairs of neighbouring keys, where it takes pairs.
-template <class E>
+// With LOST what is lost by that.
+template <class E, bool LOST = false>
 TW_NOINLINE const E* weights_of(const Acc<E>* s, const Segment* segments, int count, E* pairs) {
   if constexpr (kPairs<E>) {
+    using T = Acc<E>;
 #if defined(TW_HAS_TILES)
     tiled::clear_weights(segments, count, pairs);
 #endif
@@ -192,14 +198,53 @@ TW_NOINLINE const E* weights_of(const Acc<E>* s, const Segment* segments, int co
       const Segment& g = segments[i];
       for (int j = g.ja; j < g.jb; j += 2)
         for (int n = g.na * kRegs<float>; n < g.nb * kRegs<float>; n++) {
-          const float* at = s + int64_t{j} * kPanel + n * kWidth<float>;
-          const Vec<float> second = j + 1 < g.jb ? load(at + kPanel) : zero<float>();
-          store_pairs(pairs + int64_t{j / 2} * kPanel + n * kWidth<float>, load(at), second);
+          const T* at = s + int64_t{j} * kPanel + n * kWidth<float>;
+          Vec<T> first = load(at), second = j + 1 < g.jb ? load(at + kPanel) : zero<T>();
+          if constexpr (LOST) {
+            first -= rounded_to_bf16(first);
+            second -= rounded_to_bf16(second);
+          }
+          store_pairs(pairs + int64_t{j / 2} * kPanel + n * kWidth<float>, first, second);
         }
     }
     return pairs;
   } else {
     return s;
+  }
+}
+
+#if defined(TW_HAS_PAIRS)
+// Adds the row sums of weights in pairs to `sums` after the rescaling alpha: o divided by them has
+// weights that sum to one, so that what the values have in common loses nothing by the rounding.
+TW_NOINLINE void sum_rounded(const Bf16x2* pairs, const Segment* segments, int count,
+                             const float* alpha, float* sums) {
+  const Vec<Bf16x2> one = set1(Bf16x2{{0x3f80}, {0x3f80}});
+  for (int n = 0; n < kPanelVecs<float>; n++) {
+    const int at = n * kWidth<float>, group = at / kGroup;
+    Vec<float> sum[4] = {};  // by pair index mod 4
+    for (int k = 0; k < count; k++) {
+      const Segment& g = segments[k];
+      if (group < g.na || group >= g.nb) continue;
+      const Bf16x2* p = pairs + int64_t{g.ja / 2} * kPanel + at;
+      const int some = (g.jb - g.ja + 1) / 2;
+      auto add = [&](int i) __attribute__((always_inline)) {
+        sum[i] = multiply_add(load(p + i * kPanel), one, sum[i]);
+      };
+      int i = 0;
+      for (; i + 4 <= some; i += 4, p += 4 * kPanel) TW_UNROLL for (int u = 0; u < 4; u++) add(u);
+      TW_UNROLL for (int u = 0; u < 3; u++) if (i + u < some) add(u);
+    }
+    store(sums + at, fma(load(sums + at), load(alpha + at), (sum[0] + sum[2]) + (sum[1] + sum[3])));
+  }
+}
+#endif
+
+// The end of rows whose weights were rounded: o is divided by their sums instead of l.
+template <class T>
+TW_INLINE void divide_by_rounded(RowEnd<T>* end, const T* l, const T* rounded) {
+  for (int i = 0; i < kGroup; i += kWidth<T>) {
+    const Vec<T> r = load(rounded + i), scale = load(end->o_scale + i);
+    store(end->o_scale + i, select(equal(r, zero<T>()), scale, scale * (load(l + i) / r)));
   }
 }
 
@@ -280,6 +325,8 @@ class ForwardBody {
       s.e = arena.take<T>(lanes);
       s.to = t_ ? arena.take<T>(in_.Dv * lanes) : nullptr;
       s.mu = t_ ? arena.take<T>(lanes) : nullptr;
+      s.rounded = kPairs<E> ? arena.take<T>(lanes) : nullptr;
+      s.lost = full() ? arena.take<T>(in_.Dv * lanes) : nullptr;
     }
     tq_ = arena.take<E>(t_ && t_->tq ? in_.D / kFold<E> * lanes : 0);
     ts_ = arena.take<T>(t_ ? kTileKeys * kPanel : 0);
@@ -289,6 +336,7 @@ class ForwardBody {
     top_ = arena.take<T>(kPanel);
     alpha_ = arena.take<T>(kPanel);
     weights_ = arena.take<E>(kPairs<E> ? kTileKeys / 2 * kPanel : 0);
+    lost_ = arena.take<E>(full() ? kTileKeys / 2 * kPanel : 0);
     moments_ = arena.take<E>(kPairs<E> && t_ ? kTileKeys / 2 * kPanel : 0);
     k_.place(arena, in_.k, in_.D);
     v_.place(arena, in_.v, in_.Dv);
@@ -394,7 +442,7 @@ class ForwardBody {
     const int at = (slot_ + p) * kPanel;
     if (logits_move_) move_logits(p, k0, segments, count);
     if (!logits_->plain) apply_options(p, k0, segments, count, words);
-    const bool direct = kTiled<E> && !logits_move_ && !dropout_->on;
+    const bool direct = kTiled<E> && !logits_move_ && !dropout_->on && !full();
     if (direct)
       fold_weights(at, segments, count, weights_);
     else
@@ -406,9 +454,19 @@ class ForwardBody {
       dropout_->apply(segments, count, q0_ + p * kPanel, k0, s_, logits_move_ ? ts_ : nullptr);
     const int Dv = static_cast<int>(in_.Dv);
     const E* w = direct ? weights_ : weights_of<E>(s_, segments, count, weights_);
+#if defined(TW_HAS_PAIRS)
+    if constexpr (kPairs<E>)
+      if (!dropout_->on) sum_rounded(w, segments, count, alpha_, now_->rounded + at);
+#endif
     const Factor<E> values{v_.rows.at, v_.rows.ld, w};
     weighted_sum<E, 1>(&values, Dv, words, segments, count, now_->o + at * in_.Dv, alpha_,
                        v_.finite);
+    if (full()) {
+      const Factor<E> rest{v_.rows.at, v_.rows.ld,
+                           weights_of<E, kPairs<E>>(s_, segments, count, lost_)};
+      weighted_sum<E, 1>(&rest, Dv, words, segments, count, now_->lost + at * in_.Dv, alpha_,
+                         v_.finite);
+    }
     if (!t_) return;
     const E* moved_w = logits_move_ ? weights_of<E>(ts_, segments, count, moments_) : nullptr;
     const Factor<E> moved[] = {{v_.rows.at, v_.rows.ld, moved_w}, {tv_.rows.at, tv_.rows.ld, w}};
@@ -442,6 +500,10 @@ class ForwardBody {
     auto weights = out_.entropy ? weights_panel<T, true, Out> : weights_panel<T, false, Out>;
     weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_, pairs);
   }
+
+  // Whether weights go into o_full without the loss by rounding. A backward pass then subtracts
+  // the delta that belongs to its own weights.
+  bool full() const { return kPairs<E> && out_.o_full; }
 
   bool options_move() const { return logits_->softcap || t_->tbias; }
 
@@ -516,8 +578,11 @@ class ForwardBody {
       store(total_->l + at, merge(la, lb));
       store(total_->e + at,
             merge.entropy(load(total_->e + at), la, ma, load(now_->e + at), lb, mb));
+      if constexpr (kPairs<E>)
+        store(total_->rounded + at, merge(load(total_->rounded + at), load(now_->rounded + at)));
       const int64_t from = at / kPanel * in_.Dv * kPanel + at % kPanel;
       merge_columns(merge, total_->o + from, now_->o + from);
+      if (full()) merge_columns(merge, total_->lost + from, now_->lost + from);
       if (!t_) continue;
       merge_columns(merge, total_->to + from, now_->to + from);
       store(total_->mu + at, merge(load(total_->mu + at), load(now_->mu + at)));
@@ -555,19 +620,31 @@ class ForwardBody {
     put_rows<T>(out_t_.to, b_, h_, q0_ + at, rows, to, ld, in_.Dv);
   }
 
+  void put_full(int g, int rows, const RowEnd<T>& end) {
+    const int at = g * kGroup;
+    T *lost = total_->lost + panel(g, in_.Dv), *o = total_->o + panel(g, in_.Dv);
+    for (int64_t d = 0; d < in_.Dv; d++)
+      for (int64_t i = d * kPanel; i < d * kPanel + kGroup; i += kWidth<T>)
+        store(lost + i, load(lost + i) + load(o + i));
+    unpack_lanes<T>(lost, static_cast<int>(in_.Dv), rows, end.o_scale,
+                    out_.o_full.at_mut<T>(b_, h_, q0_ + at), out_.o_full.row);
+  }
+
   void finish() {
     alignas(64) T sink[kGroup] = {};
     if (in_.sinks)
       for (T& z : sink) z = *in_.sinks.at<T>(0, h_);
-    const View4& full = out_.o_full ? out_.o_full : out_.o;
+    const View4& first = out_.o_full && !full() ? out_.o_full : out_.o;
     for (int g = 0; g * kGroup < rows_; g++) {
       const int at = g * kGroup, rows = std::min(kGroup, rows_ - at);
       const int lane = slot_ * kPanel + at;
-      const RowEnd<T> end(total_->m + lane, total_->l + lane, total_->e + lane, bool(in_.sinks),
-                          sink);
+      RowEnd<T> end(total_->m + lane, total_->l + lane, total_->e + lane, bool(in_.sinks), sink);
+      if (full()) put_full(g, rows, end);
+      if constexpr (kPairs<E>)
+        if (!dropout_->on) divide_by_rounded(&end, total_->l + lane, total_->rounded + lane);
       end.write(out_, in_.row_at(b_, h_, q0_ + at), rows);
       int64_t ld;
-      T* o = rows_to<T>(full, b_, h_, q0_ + at, o_scratch_, in_.Dv, &ld);
+      T* o = rows_to<T>(first, b_, h_, q0_ + at, o_scratch_, in_.Dv, &ld);
       unpack_lanes<T>(total_->o + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale, o,
                       ld);
       put_rows<T>(out_.o, b_, h_, q0_ + at, rows, o, ld, in_.Dv);
@@ -589,7 +666,8 @@ class ForwardBody {
   int64_t b_ = 0, first_head_ = 0, h_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;
   int64_t loaded_ = -1;
-  E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
+  E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *lost_ = nullptr,
+    *pack_ = nullptr;
   TileRows<E> k_, v_, tk_, tv_;
   RowsToCome to_come_;
   T *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr, *ts_ = nullptr,

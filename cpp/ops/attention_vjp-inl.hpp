@@ -79,6 +79,9 @@ struct QueryTile {
   // blocks of kGradWidth columns; numbers of q scaled for dk. Or pairs of neighbouring rows.
   E *q_rows, *do_rows, *tq_rows, *tdo_rows;
   T *dq, *m, *log2_l, *delta, *mu, *tdelta, *dbias;
+  // of pairs: the sums over keys that rounding ds took away so far, and the last key seen
+  T* lost;
+  int64_t* last;
 };
 
 // E is what the products take, T what they are summed in.
@@ -122,8 +125,10 @@ class VjpBody {
       tile.tdo_lanes = arena.take<E>(tdo ? kLanes * in_.Dv : 0);
       tile.tdo_rows = arena.take<E>(tdo ? kLanes * (dvp_ + kGradWidth<T>) : 0);
       tile.dq = arena.take<T>(kGradQueries * dp_);
-      for (T** row : {&tile.m, &tile.log2_l, &tile.delta, &tile.mu, &tile.tdelta, &tile.dbias})
+      for (T** row :
+           {&tile.m, &tile.log2_l, &tile.delta, &tile.mu, &tile.tdelta, &tile.dbias, &tile.lost})
         *row = arena.take<T>(kGradQueries);
+      tile.last = arena.take<int64_t>(kPairs<E> ? kGradQueries : 0);
     }
     k_ = arena.take<E>(keys / kP * dp_);
     v_ = arena.take<E>(keys / kP * dvp_);
@@ -150,7 +155,7 @@ class VjpBody {
     halves_ = arena.take<E>(kGradQueries * std::max(dp_, dvp_));
     rows_ = arena.take<T>(kGroup * in_.Dv);
     more_columns_ = arena.take<T>(kPairs<E> ? in_.Dv * kPanel : 0);
-    columns_ = arena.take<T>(in_.Dv * kPanel);
+    columns_ = arena.take<T>(std::max(in_.D, in_.Dv) * kPanel);
   }
 
   // One query chunk of one head of batch b against all keys. Steps of a unit: batches, then query
@@ -243,6 +248,7 @@ class VjpBody {
     if (tdo) blocks(tdo, in_.Dv, t, T{1}, t.tdo_rows);
     std::memset(t.dq, 0, sizeof(T) * static_cast<size_t>(kGradQueries * dp_));
     std::memset(t.dbias, 0, sizeof(T) * kGradQueries);
+    std::memset(t.lost, 0, sizeof(T) * kGradQueries);
   }
 
   static int64_t lanes_at(int g, int64_t columns) {
@@ -328,6 +334,7 @@ class VjpBody {
     const T scale = static_cast<T>(in_.softmax_scale);
     for (int r = 0; r < t.rows; r++) {
       T* row = t.dq + r * dp_;
+      if (kPairs<E> && !second_) add_lost(t, r);
       for (int64_t d = 0; d < dp_; d += kWidth<T>)
         store(row + d, load(row + d) * set1(scale) + zero<T>());
       put_row<T>(grads_.dq, b_, h_, t.q0 + r, row, in_.D);
@@ -444,11 +451,11 @@ class VjpBody {
     for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, row);
     if (schedule_.bias != BiasGradient::kNone) add_bias(t, k0, keys, row);
     if (logits_->softcap && logits_wanted_) through_softcap();
-    add_products(t, row);
+    add_products(t, k0, row);
   }
 
   // dv += p' do, dk += ds' q, dq += ds k; of the JVP, the tangents of these products
-  void add_products(QueryTile<E>& t, int64_t row) {
+  void add_products(QueryTile<E>& t, int64_t k0, int64_t row) {
     const bool finite = keys_finite_[row / kGradKeys] && t.finite;
     const bool tdo = second_ && second_->tdo;
     const E *k = keys_of(k_, k_pairs_, row), *tk = t_.tk ? keys_of(tk_, tk_pairs_, row) : nullptr;
@@ -464,6 +471,7 @@ class VjpBody {
       sum_over_queries<E>(mask_, dk, finite, dk_ + row * dp_, dp_);
     }
     if (grads_.dq) {
+      if (kPairs<E> && !second_) round_in_balance(t, k0);
       if (second_) dq.add(of_keys(tds_, tds_keys_), k);
       if (!second_ || tk) dq.add(of_keys(ds_, ds_keys_), second_ ? tk : k);
       sum_over_keys<E>(mask_, dq, finite, t.dq, dp_);
@@ -493,6 +501,36 @@ class VjpBody {
         }
       return pairs;
     }
+  }
+  // Rounds ds to bf16 so that its sum over keys, often zero, stays: it is what a common part of the
+  // keys is multiplied by. A quarter of what was lost so far goes to each key that the query sees,
+  // which makes the rounding 7 % coarser; what is left in the end goes to the last of them.
+  __attribute__((noinline)) void round_in_balance([[maybe_unused]] QueryTile<E>& t,
+                                                  [[maybe_unused]] int64_t k0) const {
+#if defined(TW_HAS_PAIRS)
+    if constexpr (kPairs<E>) {
+      for (int q = 0; q < mask_.groups() * kGroup; q += kWidth<T>) {
+        Vec<T> lost = load(t.lost + q), last = zero<T>();
+        for (int j = 0; j < mask_.keys(); j++) {
+          T* at = ds_ + j * kGradQueries + q;
+          const Vec<T> d = load(at), r = rounded_to_bf16(fma(lost, splat<T>(0.25), d));
+          const auto hidden = equal(d, zero<T>());
+          store(at, select(hidden, d, r));
+          lost = select(hidden, lost, lost + (d - r));
+          last = select(hidden, last, splat<T>(j + 1));
+        }
+        store(t.lost + q, lost);
+        for (int i = 0; i < kWidth<T>; i++)
+          if (last[i] != 0) t.last[q + i] = k0 + static_cast<int64_t>(last[i]) - 1;
+      }
+    }
+#endif
+  }
+  void add_lost(QueryTile<E>& t, int r) {
+    if (t.lost[r] == 0) return;
+    const Rows<T> key =
+        read_rows<T>(in_.k, b_, hk_, t.last[r], 1, static_cast<int>(in_.D), columns_);
+    add_scaled_row<T>(t.dq + r * dp_, key.at, in_.D, set1(t.lost[r]));
   }
   const E* of_keys(const T* weights, E* pairs) const {
     if constexpr (!kPairs<E>)

@@ -134,14 +134,15 @@ class SoftmaxRow {
         kept_(problem.columns <= kKept) {}
 
   void place(Arena& arena) {
-    const int64_t row = kept_ ? (p_.columns + kChunk - 1) / kChunk * kChunk : kChunk;
+    const int64_t row = kept_ ? chunks() * kChunk : kChunk;
     x_ = arena.take<T>(row);
     weights_ = arena.take<T>(row);
     for (T*& scratch : scratch_) scratch = arena.take<T>(kChunk);
     out_ = arena.take<T>(kChunk);
   }
 
-  int64_t chunks() const { return (p_.columns + kChunk - 1) / kChunk; }
+  // one, without columns, of an empty row
+  int64_t chunks() const { return std::max<int64_t>(1, (p_.columns + kChunk - 1) / kChunk); }
 
   void take(int64_t row) {
     outer_ = p_.inner == 1 ? row : row / p_.inner;
@@ -181,11 +182,13 @@ class SoftmaxRow {
     m_ = m;
     l_ = l;
     if (p_.log_y || p_.lse || p_.log_l) log_l_ = l == 0 ? T{0} : l != l ? l : log<T>(set1(l))[0];
+    const T top = m_;
     if (l != l) m_ = l;
     if (!writes) return;
     put_number(p_.m, m_ + T{0});
     put_number(p_.log_l, log_l_);
-    put_number(p_.lse, m_ * scale_ + log_l_);
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    put_number(p_.lse, top == kInfinity ? top : m_ * scale_ + log_l_);
   }
 
   void write(int64_t chunk, const ChunkState<T>* states, bool stream) {

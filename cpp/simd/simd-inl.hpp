@@ -359,6 +359,10 @@ TW_INLINE VecF multiply_add_where(__mmask16 m, VecI a, VecI b, VecF c) {
 TW_INLINE __m512i round_pair(VecF lo, VecF hi) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);
 }
+TW_INLINE VecF rounded_to_bf16(VecF x) {
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  return (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
 // Lane i holds first[i] and second[i].
 TW_INLINE VecI lane_pairs(VecF first, VecF second) {
   const __m512i order = _mm512_add_epi32(

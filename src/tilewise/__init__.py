@@ -7,7 +7,6 @@ combined with `&` and `|`.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -51,16 +50,18 @@ __all__ = [
     "documents",
     "get_num_threads",
     "lengths",
+    "log_softmax",
+    "logsumexp",
     "merge",
     "numpy",
     "prefix",
     "set_num_threads",
     "sink_tokens",
+    "softmax",
     "verify_gradients",
     "window",
 ]
 
-_FRONTENDS = {"numpy": "tilewise.numpy", "torch": "tilewise.torch"}
 _LAZY = {
     "KVCache": ("tilewise.cache", "KVCache"),
     "OutOfPages": ("tilewise.cache", "OutOfPages"),
@@ -116,13 +117,73 @@ def attention_varlen(
     return frontend.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
 
 
-def _frontend(operator: str, q: Any) -> Any:
-    """Return the module of functions for the type of q."""
-    for base in type(q).__mro__:
-        frontend = _FRONTENDS.get(base.__module__.partition(".")[0])
-        if frontend is not None:
-            return sys.modules.get(frontend) or import_module(frontend)
-    raise type_error(operator, "q", "be a numpy.ndarray", type(q).__name__)
+def softmax(x: Any, *axis: Any, **options: Any) -> Any:
+    """Compute the softmax along axes with the frontend of the array's own type.
+
+    Formula: `y = exp(s) / sum exp(s)` with `s = x / temperature`.
+
+    Args:
+        x: Any shape, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch tensor.
+        *axis: The axis or axes of a row; by default the last.
+        **options: As in `tilewise.numpy.softmax` or `tilewise.torch.softmax`.
+
+    Returns:
+        `y`, or a NamedTuple where statistics were asked for.
+
+    Raises:
+        TypeError: No frontend knows the type of x.
+    """
+    return _frontend("softmax", x, "x").softmax(x, *axis, **options)
+
+
+def log_softmax(x: Any, *axis: Any, **options: Any) -> Any:
+    """Compute the logarithm of the softmax along axes, with the frontend of the array's own type.
+
+    Args:
+        x: As for `softmax`.
+        *axis: The axis or axes of a row; by default the last.
+        **options: As in `tilewise.numpy.log_softmax` or `tilewise.torch.log_softmax`.
+
+    Returns:
+        `log_y`, or a NamedTuple where statistics were asked for.
+
+    Raises:
+        TypeError: No frontend knows the type of x.
+    """
+    return _frontend("log_softmax", x, "x").log_softmax(x, *axis, **options)
+
+
+def logsumexp(x: Any, *axis: Any, **options: Any) -> Any:
+    """Compute the logarithm of the sum of exponentials along axes, by the array's own type.
+
+    Args:
+        x: As for `softmax`.
+        *axis: The axis or axes of a row; by default all.
+        **options: As in `tilewise.numpy.logsumexp` or `tilewise.torch.logsumexp`.
+
+    Returns:
+        One number for each row, at least float32.
+
+    Raises:
+        TypeError: No frontend knows the type of x.
+    """
+    return _frontend("logsumexp", x, "x").logsumexp(x, *axis, **options)
+
+
+def _frontend(operator: str, array: Any, name: str = "q") -> Any:
+    """Return the module of functions for the type of an array."""
+    # Statements: torch.compile traces them, and a thread waits for the import of another one.
+    for base in type(array).__mro__:
+        package = base.__module__.partition(".")[0]
+        if package == "numpy":
+            import tilewise.numpy as arrays
+
+            return arrays
+        if package == "torch":
+            import tilewise.torch as tensors
+
+            return tensors
+    raise type_error(operator, name, "be a numpy.ndarray", type(array).__name__)
 
 
 def get_num_threads() -> int:

@@ -15,11 +15,19 @@ from numpy.typing import NDArray
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.operator import Arrays, FlatOperator, Implementation
 
+_SOFTMAX = {
+    "cpu": "tilewise.ops.softmax.cpu",
+    "reference": "tilewise.ops.softmax.reference",
+}
+
 TABLE: dict[str, dict[str, str]] = {
     "attention": {
         "cpu": "tilewise.ops.attention.cpu",
         "reference": "tilewise.ops.attention.reference",
     },
+    "softmax": _SOFTMAX,
+    "log_softmax": _SOFTMAX,
+    "logsumexp": _SOFTMAX,
 }
 """For each operator, the module of each implementation, best first."""
 

@@ -40,6 +40,10 @@ def attention(q, k, v, *, softmax_scale=None):
     w = np.exp(s - s.max(axis=-1, keepdims=True))
     return w / w.sum(axis=-1, keepdims=True) @ v
 
+def of_tensors(q, k, v):
+    s = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (s.softmax(-1) @ v.float()).to(q.dtype)
+
 def wrong(q, k, v):
     return attention(q, k, v) + q.dtype.type(1e-3)
 """
@@ -130,6 +134,31 @@ def test_the_grid_of_derivatives_is_shown_and_exits_with_0():
     assert "differentiated by PyTorch" in result.output
 
 
+def test_dtypes_are_audited_one_after_another():
+    command = ["--implementation", "reference", "--select", "heads/one", "--dtype", "bfloat16"]
+    result = invoke(*command, "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    assert "heads bfloat16" in result.output
+    line = "attention in bfloat16, float16, reference: 2 cases, 2 passed, 0 failed, 0 skipped"
+    assert line in " ".join(result.output.split())
+
+
+def test_own_function_of_tensors_is_audited_in_16_bits(own):
+    pytest.importorskip("torch")
+    result = invoke(
+        "own_attention:of_tensors", "--tensors", "--dtype", "bfloat16", "--select", "size/more"
+    )
+    assert result.exit_code == 0, result.output
+    assert "dv 1.0" in result.output
+
+
+def test_the_grid_of_derivatives_in_16_bits(without_torch):
+    command = ["--derivatives", "--implementation", "reference", "--select", "softcap"]
+    result = invoke(*command, "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    assert "errors in float16, relative to" in result.output
+
+
 @pytest.fixture
 def without_torch(monkeypatch):
     found = importlib.util.find_spec
@@ -174,6 +203,8 @@ def test_the_grid_goes_to_files_and_between_the_markers_of_a_page(without_torch,
         (["--markdown", "grid.md"], "comes with --derivatives"),
         (["json:dumps", "--derivatives"], "is for attention only"),
         (["--derivatives", "--jvp", "json:dumps"], "comes with a function of your own"),
+        (["--derivatives", "--tensors"], "comes with a function of your own"),
+        (["--derivatives", "--dtype", "half"], "dtype must be float64, float32, bfloat16 or"),
         (["--derivatives", "--json", "-", "--markdown", "-"], "only one of --json and --markdown"),
         (["--derivatives", "--select", "no such option"], "select must be part of an option's"),
         (["--derivatives", "--implementation", "fast"], "implementation must be one of"),
@@ -191,6 +222,8 @@ def test_a_wrong_call_of_the_grid_exits_with_2(monkeypatch, capsys, tmp_path, ar
         (["nothing"], "operator must be 'attention' or package.module:function, got 'nothing'"),
         (["--implementation", "fast"], "implementation must be one of 'cpu', 'reference'"),
         (["--select", "no such case"], "select must be part of a case's name"),
+        (["--dtype", "half"], "dtype must be float64, float32, bfloat16 or float16, got 'half'"),
+        (["--tensors"], "tensors must come with a function"),
         (["json:no_such"], "'json:no_such' must be importable"),
         (["json:__name__"], "'json:__name__' must be a function, got str"),
     ],

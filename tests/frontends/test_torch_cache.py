@@ -170,3 +170,25 @@ def test_what_belongs_to_a_cache_needs_one() -> None:
         tw.attention(*tensors(), lengths=[1, 2])
     with pytest.raises(TypeError, match=r"attention: k must be a torch.Tensor, got NoneType"):
         tw.attention(tensors()[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_autocast_casts_as_without_a_cache(dtype: Any) -> None:
+    given = dtype if dtype == torch.float64 else torch.float32
+    (q, k, v), bias = tensors(dtype=given), torch.randn(H, 1, N, dtype=given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tw.attention(q, k, v, cache=cache_of(dtype), bias=bias)
+        expected = tw.attention(q, k, v, bias=bias)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_autocast_needs_a_cache_of_its_dtype() -> None:
+    cache, (q, k, v) = cache_of(), tensors()
+    text = r"attention: cache must have dtype bfloat16 \(from autocast; .*\), got float32"
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=text):
+            tw.attention(q, k, v, cache=cache)
+        assert cache.lengths().tolist() == [0, 0]
+        with torch.autocast("cpu", enabled=False):
+            assert tw.attention(q, k, v, cache=cache).dtype == torch.float32

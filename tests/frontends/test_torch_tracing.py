@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -392,3 +394,21 @@ def test_numpy_and_torch_have_the_same_bits() -> None:
     x = [t.float() for t in X[:3]]
     ours = attention(*x, **options).numpy()
     np.testing.assert_array_equal(ours, tw.numpy.attention(*(t.numpy() for t in x), **options))
+
+
+FIRST_CALLS = """
+import sys, tilewise as tw, torch
+x, ends = torch.linspace(-1, 1, 70).view(7, 2, 5), torch.tensor([0, 3, 7])
+def varlen(x): return tw.attention_varlen(x, x, x, ends)
+def whole(x): return tw.attention(x[None], x[None], x[None], layout="bnhd")
+def rows(x): return tw.softmax(x), tw.log_softmax(x), tw.logsumexp(x)
+assert "tilewise.torch" not in sys.modules
+for f in (varlen, whole, rows):
+    found = torch.compile(f, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(found, f(x), rtol=0, atol=0)
+"""
+
+
+def test_first_calls_may_be_compiled() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -153,3 +153,10 @@ def test_gradients_are_refused_with_the_reason() -> None:
 def test_a_negative_length_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous_cache: max_length must be at least 0, got -1"):
         contiguous_cache(max_length=-1)
+
+
+@pytest.mark.parametrize("value", [2.5, True, None])
+def test_a_length_is_an_integer(value: Any) -> None:
+    text = f"contiguous_cache: max_length must be an integer, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=text):
+        contiguous_cache(max_length=value)

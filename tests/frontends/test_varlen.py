@@ -286,6 +286,17 @@ def test_compiles_into_one_graph_for_any_boundaries() -> None:
         assert a.equal(b)
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda ends: np.array(ends, np.int32)])
+def test_boundaries_of_any_kind_compile_into_one_graph(kind: Any) -> None:
+    def f(q: Any, ends: Any) -> Any:
+        return tw.attention_varlen(q, q, q, ends, mask=tw.causal())
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    for ends in (kind([0, 3, 6]), kind([0, 4, 6])):
+        assert compiled(SMALL[0], ends).equal(f(SMALL[0], ends))
+
+
 TEXTS = [
     ({"cu_seqlens_q": [1, 37]}, ValueError, "cu_seqlens_q must start at 0, got 1"),
     ({"cu_seqlens_q": [0, 9, 3, TQ]}, ValueError, "cu_seqlens_q must be non-decreasing, got 9 f"),
@@ -294,6 +305,7 @@ TEXTS = [
     ({"cu_seqlens_k": [0, TK]}, ValueError, f"cu_seqlens_k must have {S + 1} entries"),
     ({"cu_seqlens_k": None}, ValueError, f"cu_seqlens_k must be given where total_k={TK}"),
     ({"cu_seqlens_q": [0.0, TQ]}, TypeError, "cu_seqlens_q must be int32 or int64, got float64"),
+    ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q must be given, got None"),
     ({"cu_seqlens_q": CU_Q[None]}, ValueError, r"cu_seqlens_q must have shape \(S \+ 1,\)"),
     ({"mask": tw.documents(CU_Q)}, ValueError, "mask must be made of causal, window, prefix and"),
     ({"mask": tw.lengths([3])}, ValueError, "mask must be made of causal, window, prefix and"),

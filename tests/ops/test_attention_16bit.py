@@ -58,6 +58,8 @@ NAMES = (
     "dropout/0.5-causal",
     "values/mean",
     "values/outliers",
+    "values/sharp",
+    "values/large-logits",
     "empty-rows/some-sinks",
     "combined/everything",
     "combined/everything-dropout",
@@ -136,9 +138,9 @@ class Drawn:
 
 
 INPUTS = ("q", "k", "v", "bias", "sinks")
-# How often the error of rounding exact results, in bfloat16, where it is not twice. These are
-# differences of sums whose common part is large where values have a mean or logits are large.
-TIMES = dict.fromkeys(("to", "one-pass to", "tdq", "tdk", "tdsinks"), 3.5)
+# How often the error of rounding exact results, in bfloat16, where it is not twice: of three
+# numbers that error is luck.
+TIMES = {"tdsinks": 2.5}
 NARROW = {"o", "to", *(f"d{x}" for x in INPUTS), *(f"td{x}" for x in INPUTS)}
 
 
@@ -149,11 +151,14 @@ def norm(x: Array) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_results_are_as_exact_as_their_dtype(name: str, dtype: np.dtype[Any]) -> None:
-    """About twice the error of rounding exact results in bfloat16, and just that in float16."""
+    """At most twice the error of rounding exact results in bfloat16, and just that in float16."""
     drawn = Drawn(name, dtype)
     exact, rounded, got = drawn.exact(), drawn.results("reference"), drawn.results("cpu")
     u, noise = unit_roundoff(dtype), 2e-5 if name.startswith(("values", "softcap")) else 4e-6
+    large = name.endswith("large-logits")
     for field, x in got.items():
+        if large and field.startswith("td"):
+            continue  # Float32 cannot tell logits of 1e4 well enough for second derivatives.
         right = exact[field.removeprefix("one-pass ")]
         stored = field.removeprefix("one-pass ") in NARROW
         assert x.dtype == rounded[field].dtype == (dtype if stored else np.float32), field
@@ -164,7 +169,11 @@ def test_results_are_as_exact_as_their_dtype(name: str, dtype: np.dtype[Any]) ->
         if not stored or dtype == FLOAT16:
             # Products of bfloat16 pairs reach statistics, not only what is stored.
             wide = u if dtype == BFLOAT16 else 0
-            assert error <= 1.01 * once + (noise + wide) * size, (field, error / (size or 1))
+            of_logits = 2e-3 if large else 0
+            assert error <= 1.01 * once + (noise + wide + of_logits) * size, (
+                field,
+                error / (size or 1),
+            )
         else:
             times = TIMES.get(field, 2)
             assert error <= times * max(once, u / 4 * size) + noise, (field, error / (size or 1))

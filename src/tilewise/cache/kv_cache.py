@@ -6,7 +6,7 @@ import operator as _operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -258,6 +258,11 @@ class KVCache:
         if sequences is None:
             raise type_error(name, "sequences", "be given", "None")
         self._pages.free(name, self._ids(name, sequences))
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse copy, deepcopy and pickle, which would miss what other threads append."""
+        got = "copy, deepcopy or pickle of the whole cache"
+        raise type_error(NAME, "copies", "be made by fork, sequence by sequence", got)
 
     def __repr__(self) -> str:
         shape = f"Hk={self._Hk}, D={self._D}, Dv={self._Dv}, dtype={self._dtype!r}"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,19 @@ def verify(
     vjp_jvp: Annotated[
         str | None, typer.Option("--vjp-jvp", help="Tangents of its gradients.")
     ] = None,
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            help="Try every case in float32, float64, bfloat16 or float16; can be repeated.",
+        ),
+    ] = None,
+    tensors: Annotated[
+        bool,
+        typer.Option(
+            "--tensors", help="Your own function takes PyTorch's tensors; autograd is its --vjp."
+        ),
+    ] = False,
     derivatives: Annotated[
         bool,
         typer.Option("--derivatives", help="Every derivative with every option, as a grid."),
@@ -71,15 +84,16 @@ def verify(
     if json_file == markdown_file == "-":
         raise typer.BadParameter("only one of --json and --markdown can be -")
     if derivatives:
-        own = {"--vjp": vjp, "--jvp": jvp, "--vjp-jvp": vjp_jvp}
+        own = {"--vjp": vjp, "--jvp": jvp, "--vjp-jvp": vjp_jvp, "--tensors": tensors or None}
         _check_grid(operator, [name for name, given in own.items() if given is not None])
-        passed = _grid(implementation, select, json_file, markdown_file)
+        passed = _grid(implementation, select, dtypes, json_file, markdown_file)
     elif markdown_file is not None:
         raise typer.BadParameter("comes with --derivatives", param_hint="--markdown")
     else:
         # A function of the user's own is looked for where the command is run, as python -m does.
         sys.path.insert(0, os.getcwd())
-        passed = _audit(operator, implementation, (vjp, jvp, vjp_jvp), select, json_file)
+        own_functions = {"vjp": vjp, "jvp": jvp, "vjp_jvp": vjp_jvp, "tensors": tensors}
+        passed = _audit(operator, implementation, own_functions, select, dtypes, json_file)
     if not passed:
         raise typer.Exit(1)
 
@@ -87,27 +101,32 @@ def verify(
 def _audit(
     operator: str,
     implementation: str | None,
-    own: tuple[str | None, ...],
+    own: dict[str, Any],
     select: str | None,
+    dtypes: list[str] | None,
     json_file: str | None,
 ) -> bool:
     from tilewise.verify import run
 
-    vjp, jvp, vjp_jvp = own
     with _progress() as progress:
-        report = run(operator, implementation, select, progress, vjp=vjp, jvp=jvp, vjp_jvp=vjp_jvp)
+        report = run(operator, implementation, select, progress, dtypes=dtypes or (), **own)
     _write(report, {json_file: report.as_json})
     return report.passed
 
 
 def _grid(
-    implementation: str | None, select: str | None, json_file: str | None, page: str | None
+    implementation: str | None,
+    select: str | None,
+    dtypes: list[str] | None,
+    json_file: str | None,
+    page: str | None,
 ) -> bool:
     from tilewise.verify import derivatives
     from tilewise.verify.grid import insert
+    from tilewise.verify.sweep import DTYPES
 
     with _progress() as progress:
-        grid = derivatives(implementation, select, progress)
+        grid = derivatives(implementation, select, progress, dtypes=dtypes or DTYPES)
 
     def markdown() -> str:
         table = grid.as_markdown()

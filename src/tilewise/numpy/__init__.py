@@ -1,6 +1,7 @@
 """tilewise for NumPy arrays."""
 
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
+from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
 from .attention import (
     AttentionResult,
@@ -9,6 +10,16 @@ from .attention import (
     attention_jvp,
     attention_vjp,
     attention_vjp_jvp,
+)
+from .softmax import (
+    LogSoftmaxResult,
+    SoftmaxResult,
+    log_softmax,
+    logsumexp,
+    softmax,
+    softmax_jvp,
+    softmax_vjp,
+    softmax_vjp_jvp,
 )
 from .varlen import (
     attention_varlen,
@@ -21,8 +32,13 @@ from .varlen import (
 __all__ = [
     "AttentionGrads",
     "AttentionResult",
+    "LogSoftmaxResult",
     "OutputTangents",
     "RowStats",
+    "SoftmaxGrads",
+    "SoftmaxResult",
+    "SoftmaxStats",
+    "SoftmaxTangents",
     "attention",
     "attention_forward_jvp",
     "attention_jvp",
@@ -33,4 +49,10 @@ __all__ = [
     "attention_varlen_vjp_jvp",
     "attention_vjp",
     "attention_vjp_jvp",
+    "log_softmax",
+    "logsumexp",
+    "softmax",
+    "softmax_jvp",
+    "softmax_vjp",
+    "softmax_vjp_jvp",
 ]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from .attention import AttentionResult, attention
 from .sdpa import replace_sdpa, scaled_dot_product_attention
+from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
 from .varlen import attention_varlen
 
 __all__ = [
     "AttentionResult",
+    "LogSoftmaxResult",
+    "SoftmaxResult",
     "attention",
     "attention_varlen",
+    "log_softmax",
+    "logsumexp",
     "replace_sdpa",
     "scaled_dot_product_attention",
+    "softmax",
 ]

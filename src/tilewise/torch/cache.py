@@ -17,6 +17,7 @@ from tilewise.cache.attention import typed
 from tilewise.ops.attention.spec import NAME, Want, laid_out
 
 from .autodiff import is_traced
+from .checks import autocast, shown
 
 _NAMES = {
     torch.float32: "float32",
@@ -69,7 +70,13 @@ def cached_attention(
         v: Values to append, or None.
         want: Which of the last three to return; the others are None.
         **options: As of `attend`.
+
+    Raises:
+        TypeError: Autocast casts q to another dtype than that of the cache.
     """
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v, options["bias"] = autocast(q, k, v, options.get("bias"))
+        _check_autocast(cache, q)
     for name in ("bias", "alibi_slopes", "sinks"):
         if options.get(name) is not None:
             options[name] = typed(*words(NAME, name, options[name]))
@@ -79,6 +86,15 @@ def cached_attention(
     call, out = attend(cache, q, k, v, want=want, **options)
     o = laid_out(out.o, call.layout)
     return tuple([_tensor(a) for a in (o, out.lse, out.max_logit, out.entropy)])
+
+
+def _check_autocast(cache: object, q: object) -> None:
+    """Check that the keys of a cache have the dtype to which autocast has cast q."""
+    cast = torch.get_autocast_dtype("cpu")
+    was_cast = isinstance(q, Tensor) and q.dtype is cast
+    if was_cast and isinstance(cache, KVCache) and cache.dtype != shown(cast):
+        requirement = f"have dtype {shown(cast)} (from autocast; or leave that for the call)"
+        raise type_error(NAME, "cache", requirement, cache.dtype)
 
 
 def _tensor(array: NDArray[Any] | None) -> Tensor | None:

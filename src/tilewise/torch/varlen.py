@@ -158,6 +158,11 @@ def attention_varlen(
 
 def _starts(name: str, cu_seqlens: Any) -> Tensor:
     """Return boundaries as a tensor, which a graph takes as an input and not as constants."""
+    if cu_seqlens is None:
+        raise type_error(PACKED_NAME, name, "be given", "None")
+    if not isinstance(cu_seqlens, Tensor) and torch.compiler.is_dynamo_compiling():
+        # It cannot trace the dtype of an array.
+        cu_seqlens = torch.as_tensor(cu_seqlens, device="cpu")
     if not isinstance(cu_seqlens, Tensor):
         array = np.asarray(cu_seqlens)
         if array.dtype not in (np.int32, np.int64):

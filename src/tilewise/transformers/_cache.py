@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from tilewise.base.errors import unsupported, value_error
+from tilewise.base.errors import type_error, unsupported, value_error
 
 NAME = "contiguous_cache"
 
@@ -20,7 +20,7 @@ def contiguous_cache(config: Any = None, *, max_length: int = 0) -> Any:
 
     Args:
         config: The model's configuration, from which layers with sliding windows are known.
-        max_length: Tokens for which layers without window get room at once.
+        max_length: Tokens for which layers without window get room at once. No limit.
 
     Returns:
         A `transformers.DynamicCache`. Layers of other kinds than attention, such as those of
@@ -28,11 +28,14 @@ def contiguous_cache(config: Any = None, *, max_length: int = 0) -> Any:
 
     Raises:
         ImportError: transformers has no layers of caches, as before 4.56.
+        TypeError: max_length is not an integer.
         ValueError: max_length is negative.
 
     Its layers raise `Unsupported` where keys or values require gradients, for what they write over
     cannot be differentiated; `transformers.DynamicCache` serves that.
     """
+    if isinstance(max_length, bool) or not hasattr(type(max_length), "__index__"):
+        raise type_error(NAME, "max_length", "be an integer", type(max_length).__name__)
     if max_length < 0:
         raise value_error(NAME, "max_length", "be at least 0", max_length)
     usual, full, sliding = _layers()

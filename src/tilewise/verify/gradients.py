@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise import numpy as frontend
+from tilewise.base.dtypes import WIDE, listed
 from tilewise.base.errors import type_error, value_error
 from tilewise.base.masks import Mask
 from tilewise.ops.attention import reference, spec
@@ -142,6 +143,9 @@ def verify_gradients(
         "layout": layout,
     }
     call = spec.prepare(q, k, v, **options)
+    if call.is_narrow:
+        requirement = f"have dtype {listed(WIDE)}, to be compared entry by entry"
+        raise type_error("verify_gradients", "q", requirement, str(call.dtype))
     _check_finite(call)
     rng = np.random.default_rng(seed)
     do = rng.standard_normal((call.B, call.H, call.N, call.Dv)).astype(call.dtype)

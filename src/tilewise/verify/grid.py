@@ -190,7 +190,8 @@ class Grid:
         line = f"derivatives of attention, {self.subject}: "
         line += ", ".join(f"{count} {status}" for status, count in counts.items())
         yield Text(line, style="bold green" if self.passed else "bold red")
-        yield Text(f"errors in float32 and float64, relative to {self.truth}")
+        dtypes = dict.fromkeys(dtype for cell in self.cells for dtype in cell.measured)
+        yield Text(f"errors in {' and '.join(dtypes)}, relative to {self.truth}")
 
     def _table(self) -> Table:
         from rich import box

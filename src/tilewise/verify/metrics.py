@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewise.base.dtypes import smallest, unit_roundoff
+
 __all__ = ["bias", "max_ulp", "pattern", "relative_error", "same_bits"]
 
 Array = NDArray[Any]
@@ -55,9 +57,7 @@ def max_ulp(got: Array, want: Array) -> float:
     largest = float(np.abs(y).max()) or 1.0
     rms = largest * float(np.sqrt(np.mean((y / largest) ** 2)))
     reference = np.maximum(np.abs(y), rms)
-    unit = np.maximum(
-        reference * float(np.finfo(got.dtype).eps), float(np.finfo(got.dtype).smallest_subnormal)
-    )
+    unit = np.maximum(2 * reference * unit_roundoff(got.dtype), smallest(got.dtype))
     return float((np.abs(x - y) / unit).max())
 
 

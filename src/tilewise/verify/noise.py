@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewise.base.dtypes import unit_roundoff
+from tilewise.base.dtypes import FloatDType, smallest, unit_roundoff
 
 from .straightforward import Directions, Pass, logit_tangents, per_key_head, to_bias
 
-__all__ = ["Noise"]
+__all__ = ["Noise", "of_rounding"]
 
 Array = NDArray[Any]
 Results = dict[str, Array]
@@ -47,7 +47,7 @@ class Noise:
     """
 
     def __init__(self, x: Pass, do: Array, dlse: Array | None) -> None:
-        self.x, self.u = x, unit_roundoff(x.call.dtype)
+        self.x, self.u = x, unit_roundoff(x.call.compute_dtype)
         self.do = np.asarray(do, np.float64)
         self.off = _logit_noise(x, self.u)
         self.gap = np.where(x.p > 0, x.s - x.m, 0)
@@ -235,6 +235,17 @@ class Noise:
     def _to_bias(self, x: Array, x2: Array) -> Array:
         call = self.x.call
         return np.asarray(np.sqrt(to_bias(call, x2) + (self.u * to_bias(call, np.abs(x))) ** 2))
+
+
+def of_rounding(x: Array, dtype: FloatDType) -> Array:
+    """Return the standard deviation of rounding each entry to a dtype once.
+
+    The error is uniform between half a spacing of the numbers down and half a spacing up.
+    """
+    exact = np.where(np.isfinite(x), x, 0.0)
+    _, exponent = np.frexp(exact)
+    spacing = np.maximum(np.ldexp(unit_roundoff(dtype), exponent), smallest(dtype))
+    return np.where(exact != 0, spacing / np.sqrt(12), 0.0)
 
 
 def _logit_noise(x: Pass, u: float) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewise.base.dtypes import unit_roundoff
+from tilewise.base.dtypes import FloatDType, is_narrow, round_to, unit_roundoff
 from tilewise.ops.attention import reference
 from tilewise.ops.attention.spec import (
     AttentionCall,
@@ -24,7 +24,7 @@ from tilewise.ops.attention.spec import (
 
 from . import metrics, straightforward
 from .cases.problem import Problem
-from .noise import Noise
+from .noise import Noise, of_rounding
 
 __all__ = [
     "BACKWARD",
@@ -48,8 +48,11 @@ ONE_PASS = {f"one-pass {name}": name for name in ("o", "lse", *TANGENTS)}
 """What a forward pass with its tangents returns, and which results these are."""
 _NOISE_CAP = 1e-2
 _ROW_STATISTICS = ("lse", "max_logit", "entropy")
+_STATISTICS = (*_ROW_STATISTICS, "tlse")
 _EXACTLY = ("lse", "max_logit")
 _ALL = Want(lse=True, max_logit=True, entropy=True)
+_OF_INPUT = {"dbias": "bias", "tdbias": "bias", "dsinks": "sinks", "tdsinks": "sinks"}
+_NO_DIGITS = 0.1
 
 
 @dataclass(frozen=True)
@@ -105,27 +108,52 @@ class Oracle:
     Attributes:
         truth: float64 results by name: o lse max_logit entropy dq dk dv, dbias dsinks where there
             are such, and the tangents of o, lse and the gradients where these were asked for.
-        plain: Error of the straightforward computation in the problem's dtype.
+        plain: Error of the straightforward computation in the problem's dtype; with 16 bits, in
+            float32 and rounded to these at the end.
         noise: Error that rounding alone explains, at most `spec.error_bound`.
-        unit: u, one rounding.
+        unit: u, one rounding in the dtype of sums.
+        dtypes: What each result is stored in.
+        rounded: What it is rounded to somewhere on the way, or at the end.
+        vague: The results that rounding alone may put off by more than is ever allowed.
     """
 
     truth: dict[str, Array]
     plain: dict[str, float]
     noise: dict[str, float]
     unit: float
+    dtypes: dict[str, FloatDType]
+    rounded: dict[str, FloatDType]
+    vague: frozenset[str]
 
     def yardstick(self, name: str) -> float:
         """Return the error of the straightforward computation plus one rounding of the result."""
-        return self.plain[name] + self.unit
+        # With 16 bits that rounding is in the straightforward computation already.
+        return self.plain[name] + (0.0 if is_narrow(self.rounded[name]) else self.unit)
 
     def allowed(self, name: str) -> float:
         """Return the largest error that passes.
 
         That is the yardstick; but where luck made the error of the straightforward computation
-        small, what rounding alone explains takes its place.
+        small, what rounding alone explains takes its place. With 16 bits it is twice the larger of
+        the two, for factors of products may be rounded as the result is.
         """
-        return max(self.plain[name], self.noise[name]) + self.unit
+        largest = max(self.plain[name], self.noise[name])
+        return 2 * largest if is_narrow(self.rounded[name]) else largest + self.unit
+
+    def unfit(self, name: str) -> str:
+        """Return why a result of 16 bits means nothing, or an empty text."""
+        dtype, truth = self.dtypes[name], self.truth[name]
+        if is_narrow(self.rounded[name]) and name in self.vague:
+            # Kernels for 16 bits may compute the same logit twice in other orders of its sum.
+            return "logits so large that float32 cannot tell"
+        if not is_narrow(dtype):
+            return ""
+        with np.errstate(all="ignore"):
+            rounded = round_to(truth, dtype)
+        if not np.isfinite(rounded[np.isfinite(truth)]).all():
+            return f"{dtype} has no numbers as large"
+        lost = metrics.relative_error(rounded, truth) > _NO_DIGITS
+        return f"{dtype} has no numbers as small" if lost else ""
 
     def error(self, name: str, got: Array) -> float:
         """Return the error of a result."""
@@ -144,13 +172,22 @@ def consult(question: Question) -> Oracle:
         finite = truth
         if clean is not question:
             finite, forward = _exact(clean)
-        plain = _plain(clean)
+        dtypes = {name: _stored(question.call, name) for name in truth}
+        # The gradient of a float32 bias is float32, yet made of factors that are rounded as q is.
+        q_dtype = question.call.dtype
+        rounded = {n: d if n in _STATISTICS else q_dtype for n, d in dtypes.items()}
+        plain = {name: round_to(x, rounded[name]) for name, x in _plain(clean).items()}
         noise = _noise(clean)
+        vague = {name for name in truth if _size(noise[name], truth[name], name) > _NOISE_CAP}
+        for name in truth:
+            if is_narrow(rounded[name]):
+                noise[name] = np.hypot(noise[name], of_rounding(finite[name], rounded[name]))
         bounds = _bounds(clean, finite, forward)
     if question.tangents is not None:
-        for results in (truth, plain, noise):
+        tables: tuple[dict[str, Any], ...] = (truth, plain, noise, bounds, dtypes, rounded)
+        for results in tables:
             results |= {name: results[same] for name, same in ONE_PASS.items()}
-        bounds |= {name: bounds[same] for name, same in ONE_PASS.items()}
+        vague |= {name for name, same in ONE_PASS.items() if same in vague}
     return Oracle(
         truth=truth,
         plain={name: _error_of_plain(plain[name], truth[name], name) for name in truth},
@@ -158,7 +195,10 @@ def consult(question: Question) -> Oracle:
             name: min(_size(noise[name], truth[name], name), bounds[name], _NOISE_CAP)
             for name in truth
         },
-        unit=unit_roundoff(question.call.dtype),
+        unit=unit_roundoff(question.call.compute_dtype),
+        dtypes=dtypes,
+        rounded=rounded,
+        vague=frozenset(vague),
     )
 
 
@@ -177,8 +217,8 @@ def _exact(question: Question) -> tuple[dict[str, Array], AttentionOutputs]:
 
 
 def _plain(question: Question) -> dict[str, Array]:
-    """Return the results of the straightforward computation in the dtype of the problem."""
-    x = straightforward.evaluate(question.call, question.call.dtype)
+    """Return the results of the straightforward computation in the dtype of the problem's sums."""
+    x = straightforward.evaluate(question.call, question.call.compute_dtype)
     do, dlse, tangents = question.do, question.dlse, question.tangents
     found = straightforward.results(x) | straightforward.gradients(x, do, dlse)
     if tangents is not None:
@@ -220,6 +260,15 @@ def _bounds(
         )
         bounds[name] = bound / norm if norm and np.isfinite(bound) else np.inf
     return bounds
+
+
+def _stored(call: AttentionCall, name: str) -> FloatDType:
+    """Return the dtype that a result must have."""
+    if name in _STATISTICS:
+        return call.compute_dtype
+    of = getattr(call, _OF_INPUT.get(name, "q"))
+    dtype: FloatDType = call.dtype if of is None else of.dtype
+    return dtype
 
 
 def floor_of(name: str) -> float:

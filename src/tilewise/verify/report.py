@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +57,13 @@ class Check:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What was checked about one case, and how long that took."""
+    """What was checked about one case in one dtype, and how long that took."""
 
     name: str
     group: str
     checks: tuple[Check, ...]
     seconds: float
+    dtype: str
 
     @property
     def status(self) -> str:
@@ -81,11 +82,13 @@ class Report:
         operator: Name of the operator.
         subject: Name of the implementation or function.
         cases: One result per case, in the order of the cases.
+        dtypes: In which dtypes every case was tried; empty where each had its own.
     """
 
     operator: str
     subject: str
     cases: tuple[CaseResult, ...]
+    dtypes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -113,8 +116,19 @@ class Report:
         where an implementation is as accurate as the textbook. Results without an error are left
         out.
         """
+        return self._ratios_of(self.cases)
+
+    @property
+    def ratios_by_dtype(self) -> dict[str, dict[str, float]]:
+        """The ratios of the cases in each dtype, float64 left out."""
+        names = dict.fromkeys(case.dtype for case in self.cases)
+        found = {d: self._ratios_of([c for c in self.cases if c.dtype == d]) for d in names}
+        return {dtype: ratios for dtype, ratios in found.items() if ratios}
+
+    @staticmethod
+    def _ratios_of(cases: Sequence[CaseResult]) -> dict[str, float]:
         logs: dict[str, list[float]] = {}
-        for case in self.cases:
+        for case in cases:
             for check in case.checks:
                 if check.error and check.yardstick and math.isfinite(check.error):
                     logs.setdefault(check.name, []).append(math.log(check.error / check.yardstick))
@@ -130,6 +144,7 @@ class Report:
             "passed": self.passed,
             "counts": self.counts,
             "error_over_straightforward": self.ratios,
+            "error_over_straightforward_by_dtype": self.ratios_by_dtype,
             "tilewise": tilewise.__version__,
             "versions": machine.versions("numpy"),
             "machine": machine.describe(),
@@ -137,6 +152,7 @@ class Report:
                 {
                     "name": case.name,
                     "group": case.group,
+                    "dtype": case.dtype,
                     "status": case.status,
                     "seconds": round(case.seconds, 4),
                     "checks": [_as_dict(check) for check in case.checks],
@@ -159,12 +175,15 @@ class Report:
         for reason, count in skipped.most_common():
             yield Text(f"skipped: {count} x {reason}", style="yellow")
         for case, check in self.failures:
-            yield Text.from_markup(f"[red]failed[/red] {escape(case.name)}: {escape(check.detail)}")
-        ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in self.ratios.items())
-        if ratios:
-            yield Text(f"mean error over straightforward + one rounding: {ratios}")
+            name = f"{case.name} in {case.dtype}" if self.dtypes else case.name
+            yield Text.from_markup(f"[red]failed[/red] {escape(name)}: {escape(check.detail)}")
+        for dtype, ratios in self.ratios_by_dtype.items():
+            label = f" in {dtype}" if self.dtypes else ""
+            shown = "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            yield Text(f"mean error over straightforward + one rounding{label}: {shown}")
         counts, seconds = self.counts, sum(case.seconds for case in self.cases)
-        line = f"{self.operator}, {self.subject}: {len(self.cases)} cases, "
+        label = f" in {', '.join(self.dtypes)}" if self.dtypes else ""
+        line = f"{self.operator}{label}, {self.subject}: {len(self.cases)} cases, "
         line += ", ".join(f"{count} {status}" for status, count in counts.items())
         yield Text(f"{line} in {seconds:.1f} s", style="bold green" if self.passed else "bold red")
 
@@ -177,12 +196,18 @@ class Report:
         for column in ("cases", "checks", "failed", "error", "error /\nallowed"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("worst in", overflow="fold")
-        for group in dict.fromkeys(case.group for case in self.cases):
-            table.add_row(*self._row(group))
+        rows: dict[str, list[CaseResult]] = {}
+        for case in self.cases:
+            several = len(self.dtypes) > 1
+            rows.setdefault(f"{case.group} {case.dtype}" if several else case.group, []).append(
+                case
+            )
+        for label, cases in rows.items():
+            table.add_row(*self._row(label, cases))
         return table
 
-    def _row(self, group: str) -> tuple[str, ...]:
-        cases = [case for case in self.cases if case.group == group]
+    @staticmethod
+    def _row(label: str, cases: Sequence[CaseResult]) -> tuple[str, ...]:
         pairs = [(case, check) for case in cases for check in case.checks]
         failed = sum(check.status == FAILED for _, check in pairs)
         done = sum(check.status != SKIPPED for _, check in pairs)
@@ -193,7 +218,7 @@ class Report:
             where = f"{case.name.partition('/')[2]}: {check.name}"
             shown = (f"{check.error:.1e}", f"{check.share:.2f}", where)
         mark = f"[red]{failed}[/red]" if failed else "0"
-        return (group, str(len(cases)), str(done), mark, *shown)
+        return (label, str(len(cases)), str(done), mark, *shown)
 
 
 def _as_dict(check: Check) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tilewise.ops.attention import spec
 
 from .cases.problem import Problem
 from .oracle import BACKWARD, ONE_PASS, SECOND, TANGENTS
+from .tensors import gradients_of, on_tensors
 
 __all__ = [
     "RESULTS",
@@ -46,10 +47,22 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Forward:
-    """The results of one forward pass as the function returned them, by name."""
+    """The results of one forward pass as the function returned them, by name.
+
+    Attributes:
+        values: o and the row statistics that were returned.
+        stats: What the derivatives take of the row statistics, or None.
+        o_full: o before it was rounded to 16 bits, or None.
+    """
 
     values: dict[str, Array]
     stats: Any = None
+    o_full: Array | None = None
+
+    @property
+    def saved(self) -> Array:
+        """What derivatives are given as o: before it was rounded to 16 bits, if there is such."""
+        return self.values["o"] if self.o_full is None else self.o_full
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class Subject:
         jvp: Function with the signature of `tilewise.numpy.attention_jvp`, or None.
         vjp_jvp: Function with the signature of `tilewise.numpy.attention_vjp_jvp`, or None.
         forward_jvp: Function with the signature of `tilewise.numpy.attention_forward_jvp`, or None.
+        takes_dlse: Whether there are gradients of lse; otherwise problems are tried without dlse.
         invariant: Whether it promises that parts of a problem have the bits of the whole.
         core: The compiled module behind it, whose threads and targets can be set, or None.
     """
@@ -73,6 +87,7 @@ class Subject:
     jvp: Function | None = None
     vjp_jvp: Function | None = None
     forward_jvp: Function | None = None
+    takes_dlse: bool = True
     invariant: bool = False
     core: ModuleType | None = field(default=None, compare=False)
 
@@ -143,7 +158,7 @@ class Subject:
         else:
             stats = known.forward.stats
             stats = known.forward.values.get("lse", known.lse) if stats is None else stats
-            found = function(*inputs, known.forward.values["o"], stats, **keywords)
+            found = function(*inputs, known.forward.saved, stats, **keywords)
         found = (found,) if isinstance(found, np.ndarray) else found
         pairs = zip(RESULTS[kind], found, strict=False)
         return {name: value for name, value in pairs if value is not None}
@@ -212,6 +227,8 @@ def of_function(
     vjp: Function | None = None,
     jvp: Function | None = None,
     vjp_jvp: Function | None = None,
+    *,
+    tensors: bool = False,
 ) -> Subject:
     """Return a function of the user's own.
 
@@ -221,10 +238,27 @@ def of_function(
         vjp: Takes what `tilewise.numpy.attention_vjp` takes.
         jvp: Takes what `tilewise.numpy.attention_jvp` takes; returns `to` or `(to, tlse)`.
         vjp_jvp: Takes what `tilewise.numpy.attention_vjp_jvp` takes.
+        tensors: Whether these functions take and return PyTorch's tensors; then autograd stands
+            in for a missing vjp.
     """
     module = getattr(attention, "__module__", None)
     name = getattr(attention, "__qualname__", type(attention).__name__)
-    return Subject(f"{module}:{name}" if module else name, attention, vjp, jvp, vjp_jvp)
+    name = f"{module}:{name}" if module else name
+    if not tensors:
+        return Subject(name, attention, vjp, jvp, vjp_jvp)
+    taken = _keywords(attention)
+    lse = taken is None or "return_lse" in taken
+    given = {"vjp": vjp, "jvp": jvp, "vjp_jvp": vjp_jvp}
+    wrapped = {kind: on_tensors(f) for kind, f in given.items() if f is not None}
+    wrapped.setdefault("vjp", gradients_of(attention, lse=lse))
+    return Subject(
+        name,
+        on_tensors(attention),
+        wrapped["vjp"],
+        wrapped.get("jvp"),
+        wrapped.get("vjp_jvp"),
+        takes_dlse=lse or vjp is not None,
+    )
 
 
 def load(name: str) -> Function:
@@ -268,4 +302,5 @@ def _named(result: Any) -> Forward:
     return Forward(
         {name: value for name, value in values.items() if value is not None},
         getattr(result, "stats", None),
+        getattr(result, "o_full", None),
     )

@@ -7,7 +7,7 @@ float64 reference, and the columns that are transformations of PyTorch are left 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,12 +20,13 @@ from tilewise.base import masks
 from tilewise.base.errors import value_error
 
 from . import metrics
-from .audit import Progress, text_of
+from .audit import Progress, check_dtypes, text_of
 from .blas import one_blas_thread
 from .cases.problem import Case, Dims, Problem
 from .grid import Cell, Grid, Measured
 from .oracle import Oracle, Question, consult, floor_of
 from .subject import Known, Subject, of_implementation
+from .tensors import array_of, tensor_of
 from .textbook import Along, Tensors, Textbook, one_thread
 
 __all__ = ["COLUMNS", "ROWS", "derivatives"]
@@ -40,11 +41,10 @@ COLUMNS = {
 """The derivatives, each with the method of `Along` that takes it."""
 
 DTYPES = ("float32", "float64")
+"""In which the derivatives are taken unless others are asked for."""
 _WITHOUT_TORCH = {"backward": "vjp", "jvp": "jvp", "jvp of vjp": "vjp_jvp"}
 _WITH_DIFFERENCES = ("no option", "everything")
 _STEP = 1e-3
-# In float64 the truth rounds as well, and its roundings are others.
-_SIDES = {"float32": 1, "float64": 2}
 
 _DIMS = Dims(B=2, H=4, Hk=4, N=19, Nk=29, D=7, Dv=7)
 
@@ -107,6 +107,7 @@ def derivatives(
     select: str | None = None,
     progress: Progress | None = None,
     *,
+    dtypes: Sequence[str] = DTYPES,
     torch: bool | None = None,
 ) -> Grid:
     """Compare every derivative of attention with the truth, with every option.
@@ -115,14 +116,18 @@ def derivatives(
         implementation: Which implementation; None for the one that calls get.
         select: Only the options whose name contains this.
         progress: Called before every option with (number, how many, name).
+        dtypes: In which dtypes, "float32", "float64", "bfloat16" or "float16". Central differences
+            are taken in float64 alone.
         torch: Whether to go through PyTorch; by default where it is installed.
 
     Returns:
         The grid; `grid.passed` is the verdict.
 
     Raises:
-        ValueError: No such implementation or option.
+        ValueError: No such implementation, option or dtype.
+        ImportError: bfloat16 is asked for and not installed.
     """
+    check_dtypes(dtypes)
     subject = of_implementation(implementation)
     rows = [case for case in ROWS if select is None or select in case.name]
     if not rows:
@@ -140,7 +145,7 @@ def derivatives(
     for number, case in enumerate(rows):
         if progress is not None:
             progress(number, len(rows), case.name)
-        found = {dtype: measure(replace(case, dtype=dtype)) for dtype in DTYPES}
+        found = {dtype: measure(case.in_dtype(dtype)) for dtype in dtypes}
         for column in COLUMNS:
             measured = {dtype: part[column] for dtype, part in found.items() if column in part}
             cells.append(Cell(case.name, column, measured))
@@ -206,7 +211,7 @@ class _Places:
 
         options = self.problems[0].options
         if "alibi_slopes" in options:
-            options["alibi_slopes"] = _tensor(options["alibi_slopes"])
+            options["alibi_slopes"] = tensor_of(options["alibi_slopes"])
         options |= dict(zip(self.names, tensors, strict=True))
         lse = len(self.outputs) > 1
         found = tilewise.torch.attention(
@@ -214,12 +219,17 @@ class _Places:
         )
         return (found.o, found.lse) if lse else (found,)
 
-    def along(self, f: Callable[..., Tensors], dtype: str) -> Along:
-        """Return a function with the places and directions of the problem as tensors."""
+    def along(self, f: Callable[..., Tensors], *, exact: bool = False) -> Along:
+        """Return a function with the places and directions of the problem as tensors.
+
+        Args:
+            f: The function.
+            exact: Whether the tensors are float64, of the same numbers.
+        """
 
         def take(prefix: str, names: list[str], problem: Problem) -> Tensors:
             arrays = [problem.arrays[f"{prefix}{name}"] for name in names]
-            return tuple(_tensor(x.astype(dtype)) for x in arrays)
+            return tuple(_tensor(x.astype(np.float64) if exact else x) for x in arrays)
 
         first, other = self.problems
         return Along(
@@ -249,8 +259,9 @@ def _through_torch(places: _Places) -> dict[str, Measured]:
     """Return what PyTorch's transformations make of a problem."""
     case = places.case
     textbook = Textbook(places.problems[0], places.names, len(places.outputs) > 1)
-    examined = places.along(places.attention, case.dtype)
-    truth = places.along(textbook, "float64")
+    examined, truth = places.along(places.attention), places.along(textbook, exact=True)
+    # In float64 the truth rounds as well, and its roundings are others.
+    sides = 2 if case.dtype == "float64" else 1
     found = {}
     for column, method in COLUMNS.items():
         try:
@@ -260,7 +271,7 @@ def _through_torch(places: _Places) -> dict[str, Measured]:
             continue
         want = getattr(truth, "one_by_one" if column == "vmap" else method)()
         errors = {
-            name: (_error(name, x, y), _SIDES[case.dtype] * allowed)
+            name: (_error(name, x, y), sides * allowed)
             for (name, allowed), x, y in zip(places.allowed(column), got, want, strict=True)
         }
         difference = None
@@ -271,8 +282,7 @@ def _through_torch(places: _Places) -> dict[str, Measured]:
 
 
 def _error(name: str, got: Any, want: Any) -> float:
-    floor = floor_of(name)
-    return metrics.relative_error(got.detach().numpy(), want.detach().numpy(), floor=floor)
+    return metrics.relative_error(array_of(got), array_of(want), floor=floor_of(name))
 
 
 def _difference(along: Along, column: str, got: Tensors) -> float:
@@ -306,6 +316,4 @@ def _dot(x: Tensors, y: Tensors) -> float:
 
 
 def _tensor(x: NDArray[Any]) -> Any:
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(x))
+    return tensor_of(np.ascontiguousarray(x))

@@ -14,7 +14,7 @@ Bool = NDArray[np.bool_]
 def draw(
     values: str, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rng: np.random.Generator
 ) -> Array:
-    """Draw one tensor in its own dtype.
+    """Draw one tensor.
 
     Args:
         values: ``normal`` is N(0, 1); ``outliers`` adds N(0, 100) to one entry in a thousand (as
@@ -24,7 +24,7 @@ def draw(
             to nearly one key; ``equal_keys`` repeats one key.
         name: Which tensor: q, k, v, do, dlse, bias, tq, ...
         shape: Its shape, the last two dimensions being positions and entries.
-        dtype: float32 or float64.
+        dtype: float32 or float64, in which it is drawn.
         rng: Source of randomness.
     """
     x = _normal(shape, dtype, rng)

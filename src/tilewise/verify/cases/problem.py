@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewise.base.dtypes import FloatDType, bfloat16, compute_dtype, is_narrow, round_to
 from tilewise.base.masks import Mask
 
 from .inputs import Array, arrange, draw, pad_additively, poison_absent, poison_attended
 
-__all__ = ["Case", "Dims", "MaskBuilder", "Problem"]
+__all__ = ["Case", "Dims", "MaskBuilder", "Problem", "dtype_of"]
 
 TANGENTS = ("q", "k", "v", "bias", "sinks", "do", "dlse")
 """What has tangents; the tangent of q is tq."""
@@ -22,6 +23,17 @@ TENSORS = frozenset({"q", "k", "v", "do", "tq", "tk", "tv", "tdo"})
 """The inputs that follow the layout."""
 _IN_LAYOUT = TENSORS | {"o", "dq", "dk", "dv", "to", "tdq", "tdk", "tdv"}
 _IN_LAYOUT |= {"one-pass o", "one-pass to"}
+_OF_ROWS = frozenset({"dlse", "tdlse"})
+"""The inputs that belong to row statistics, and have their dtype."""
+
+
+def dtype_of(name: str) -> FloatDType:
+    """Return the dtype of a name, that of bfloat16 too.
+
+    Raises:
+        ImportError: bfloat16 needs a package that is not installed.
+    """
+    return bfloat16("verify") if name == "bfloat16" else np.dtype(name)
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Case:
     Attributes:
         name: ``group/what is special``.
         dims: Sizes.
-        dtype: "float32" or "float64".
+        dtype: "float32", "float64", "bfloat16" or "float16".
         mask: Builder of the mask, or None.
         moves: Whether the last queries with the same mask see what they see among all queries.
         causal: Whether the first queries with the first keys see what they see among all.
@@ -101,6 +113,10 @@ class Case:
         """The seed of the dropout: both of its 32-bit halves depend on the name."""
         return zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 % 2**64
 
+    def in_dtype(self, dtype: str) -> Case:
+        """Return the case in another dtype; in 16 bits, with the inputs of float32 rounded."""
+        return replace(self, dtype=dtype)
+
     def in_order(self, name: str, x: Array) -> Array:
         """Return an input or a result in `(B, H, N, D)` order, whatever the layout."""
         swapped = self.layout != "bhnd" and name in _IN_LAYOUT and x.ndim == 4
@@ -137,7 +153,8 @@ class Case:
         return np.array(np.broadcast_to(seen, (d.B, d.H, d.N, d.Nk)))
 
     def _draw(self, rng: np.random.Generator) -> dict[str, Array]:
-        d, dtype = self.dims, np.dtype(self.dtype)
+        d, stored = self.dims, dtype_of(self.dtype)
+        dtype = compute_dtype(stored)
         letters = {
             "q": "B H N D",
             "k": "B Hk Nk D",
@@ -170,7 +187,17 @@ class Case:
         for name in TANGENTS:
             if name not in self.tangents.split() or name not in arrays:
                 arrays.pop(f"t{name}", None)
+        if is_narrow(stored):
+            # Rounded here, so that the truth is about the numbers that are stored.
+            wide = self._wide(stored)
+            return {n: x if n in wide else round_to(x, stored) for n, x in arrays.items()}
         return arrays
+
+    def _wide(self, stored: FloatDType) -> frozenset[str]:
+        """Return the inputs that are float32 beside a q of 16 bits."""
+        number = np.asarray(self.padding or 0.0, np.float64)
+        fits = np.isinf(number) or np.isfinite(round_to(number, stored))
+        return _OF_ROWS if fits else _OF_ROWS | {"bias", "tbias"}
 
 
 @dataclass(frozen=True)

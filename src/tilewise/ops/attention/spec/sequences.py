@@ -149,6 +149,8 @@ def _alignments(mask: Mask) -> set[str]:
 
 
 def _boundaries(name: str, value: object, dim: str, total: int) -> Int64:
+    if value is None:
+        raise type_error(PACKED_NAME, name, "be given", "None")
     array: NDArray[Any] = np.asarray(value)
     if isinstance(value, list | tuple) and not array.size:
         array = array.astype(np.int64)
