@@ -56,7 +56,7 @@ def every_way(
     grads = tw.numpy.attention_vjp(
         do, q, k, v, made.o_full, made.stats, dlse=np.ones_like(made.lse), **options
     )
-    arrays = [made.o, made.lse, *made.stats, made.max_logit, made.entropy, *grads]
+    arrays = [made.o, made.lse, made.max_logit, made.entropy, *grads]
     tangents = {f"t{name}": x[::-1, ::-1] for name, x in (("q", q), ("k", k), ("v", v))}
     tangents |= {f"t{name}": options[name][::-1] for name in ("bias", "sinks") if name in options}
     given = {"o": made.o_full, "stats": made.stats, **options}

@@ -58,6 +58,16 @@ TW_INLINE Vec<T> exp2(Vec<T> x) {
   return ldexp_cut(fma(horner<T>(P::kExp2, f), f, splat<T>(1)), n, t, x, P::kCut);
 }
 
+// The smallest whole number that is not below x.
+template <class V>
+TW_INLINE V whole_above(V x) {
+#if defined(TILEWISE_TARGET_AVX512)
+  if constexpr (std::is_same_v<V, VecF>) return (VecF)_mm512_roundscale_ps((__m512)x, 0x0a);
+#endif
+  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); i++) x[i] = __builtin_ceil(x[i]);
+  return x;
+}
+
 // Natural logarithm of a positive normal: log(1 + f) = f - (f^2/2 - s (f^2/2 + R)), s = f/(2 + f),
 // R = sum 2 s^2k/(2k+1), with 1 + f in [sqrt(1/2), sqrt(2)). At most 1 ulp.
 template <class T>

@@ -134,9 +134,7 @@ void forward_decode(const AttentionProblem& all) {
 template <class E>
 void forward(const AttentionProblem& all) {
   if (all.in.B * all.in.H * all.in.N == 0) return;
-  // the body for few queries has no o_full of pairs
-  const bool few = all.in.N <= kDecodeQueries && !(kPairs<E> && all.out.o_full);
-  if (few && !kTiled<E>)
+  if (all.in.N <= kDecodeQueries && !kTiled<E>)
     forward_decode<E>(all);
   else
     by_query_blocks<ForwardBody<E>>(all, false);

@@ -182,8 +182,8 @@ class DecodeBody {
 
  public:
   // The state of a (batch, KV head, chunk): o[rows][Dv], m, l, e and of pairs the sums of rounded
-  // weights [rows rounded up to 16].
-  static constexpr int kNumbers = kPairs<E> ? 4 : 3;
+  // weights and the maxima [rows rounded up to 16].
+  static constexpr int kNumbers = kPairs<E> ? 5 : 3;
   static int64_t padded_rows(const AttentionInputs& in) {
     return (in.H / in.Hk * in.N + kGroup - 1) / kGroup * kGroup;
   }
@@ -215,7 +215,10 @@ class DecodeBody {
     hk_ = hk;
     const int64_t rows = in_.H / in_.Hk * in_.N;
     std::memset(state, 0, sizeof(T) * static_cast<size_t>(padded_ * (ldo_ + kNumbers)));
-    for (int64_t r = 0; r < padded_; r++) m_of(state)[r] = -std::numeric_limits<T>::infinity();
+    for (int64_t r = 0; r < padded_; r++) {
+      m_of(state)[r] = -std::numeric_limits<T>::infinity();
+      if (kPairs<E>) top_of(state)[r] = m_of(state)[r];
+    }
     const int64_t end = std::min(in_.Nk, (c + 1) * kChunkKeys);
     for (int64_t k0 = c * kChunkKeys; k0 < end; k0 += kTileKeys) {
       const int keys = static_cast<int>(std::min<int64_t>(kTileKeys, in_.Nk - k0));
@@ -247,7 +250,8 @@ class DecodeBody {
       alignas(64) T sink[kGroup] = {};
       if (in_.sinks)
         for (int i = 0; i < n; i++) sink[i] = *in_.sinks.at<T>(0, hk * group + (r + i) / in_.N);
-      RowEnd<T> end(m_of(states) + r, l_of(states) + r, e_of(states) + r, bool(in_.sinks), sink);
+      RowEnd<T> end(m_of(states) + r, l_of(states) + r, e_of(states) + r, bool(in_.sinks), sink,
+                    kPairs<E> ? top_of(states) + r : nullptr);
       if constexpr (kPairs<E>)
         if (!in_.dropout.on) divide_by_rounded(&end, l_of(states) + r, rounded_of(states) + r);
       for (int i = 0; i < n; i++) {
@@ -267,6 +271,7 @@ class DecodeBody {
   T* l_of(T* state) const { return m_of(state) + padded_; }
   T* e_of(T* state) const { return l_of(state) + padded_; }
   T* rounded_of(T* state) const { return e_of(state) + padded_; }
+  T* top_of(T* state) const { return rounded_of(state) + padded_; }
 
   void merge(T* a, T* b, int64_t rows) const {
     for (int64_t r = 0; r < rows; r += kWidth<T>) {
@@ -276,7 +281,8 @@ class DecodeBody {
       store(m_of(a) + r, merge.m);
       store(l_of(a) + r, merge(la, lb));
       if constexpr (kPairs<E>)
-        store(rounded_of(a) + r, merge(load(rounded_of(a) + r), load(rounded_of(b) + r)));
+        store(rounded_of(a) + r, merge(load(rounded_of(a) + r), load(rounded_of(b) + r))),
+            store(top_of(a) + r, max(load(top_of(a) + r), load(top_of(b) + r)));
       store(e_of(a) + r, merge.entropy(load(e_of(a) + r), la, ma, load(e_of(b) + r), lb, mb));
       for (int i = 0; i < kWidth<T> && r + i < rows; i++) {
         T *x = a + (r + i) * ldo_, *y = b + (r + i) * ldo_;
@@ -369,8 +375,9 @@ class DecodeBody {
       for (int j = begin; j < end; j++)
         if (j < ja || j >= jb || (edge && !allow_[g * kTileKeys + j]))
           s[j] = -std::numeric_limits<T>::infinity();
-      alpha[g] = weights(s, x_ + g * kTileKeys, begin, end, m_of(state) + r + g,
-                         l_of(state) + r + g, e_of(state) + r + g);
+      alpha[g] =
+          weights(s, x_ + g * kTileKeys, begin, end, m_of(state) + r + g, l_of(state) + r + g,
+                  e_of(state) + r + g, kPairs<E> ? top_of(state) + r + g : nullptr);
       if (in_.dropout.on) drop(h + (r + g) / in_.N, (r + g) % in_.N, k0, begin, end, s);
     }
     if constexpr (kPairs<E>) {
@@ -490,12 +497,18 @@ class DecodeBody {
   }
 
   // Weights in place of s; x is scratch. Updates the row's state and returns the rescaling of o.
-  T weights(T* s, T* x, int begin, int end, T* m, T* l, T* e) const {
+  T weights(T* s, T* x, int begin, int end, T* m, T* l, T* e, T* highest) const {
     constexpr T kLowest = std::numeric_limits<T>::lowest();
     T fresh = *m;
     Vec<T> top = minus_infinity<T>();
     for (int j = begin; j < end; j += kWidth<T>) top = max(top, load(s + j));
-    for (int i = 0; i < kWidth<T>; i++) fresh = fresh > top[i] ? fresh : top[i];
+    T here = -std::numeric_limits<T>::infinity();
+    for (int i = 0; i < kWidth<T>; i++) here = here > top[i] ? here : top[i];
+    if (highest) {
+      *highest = *highest > here ? *highest : here;
+      here = whole_above(set1(here))[0];
+    }
+    fresh = fresh > here ? fresh : here;
     const T high = kLowest > fresh ? kLowest : fresh, old = kLowest > *m ? kLowest : *m;
     for (int j = begin; j < end; j += kWidth<T>) {
       const Vec<T> y = load(s + j) - set1(high), w = exp2<T>(y);

@@ -88,8 +88,8 @@ struct StoreMax {
 template <class T>
 struct States {
   T *o, *m, *l, *e, *to, *mu;
-  // of pairs: row sums of the weights as they are rounded, and sums of values by what is lost
-  T *rounded, *lost;
+  // of pairs: row sums of the weights as they are rounded, and row maxima, for m is a whole number
+  T *rounded, *top;
   void clear(int panels, int Dv) {
     const size_t lanes = static_cast<size_t>(panels) * kPanel;
     std::memset(o, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
@@ -98,13 +98,15 @@ struct States {
     for (int i = 0; i < panels * kPanel; i++)
       m[i] = -std::numeric_limits<T>::infinity(), l[i] = 0, e[i] = 0;
     if (rounded) std::memset(rounded, 0, sizeof(T) * lanes);
-    if (lost) std::memset(lost, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
+    for (int i = 0; top && i < panels * kPanel; i++) top[i] = -std::numeric_limits<T>::infinity();
   }
 };
 
 // Weights w = exp2(s - m) in place, the row sums, and the rescaling alpha of what was summed
-// before. Pairs E of weights go to `pairs` instead, as from weights_of.
-template <class T, bool ENTROPY, class E = T>
+// before. Pairs E of weights go to `pairs` instead, as from weights_of. With WHOLE m is rounded up
+// to a whole number: the rounding of weights to bf16 then does not depend on it, and a backward
+// pass has the weights that o was made of.
+template <class T, bool ENTROPY, bool WHOLE, class E = T>
 TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T* top, T* m, T* l,
                                T* e, T* alpha, [[maybe_unused]] E* pairs) {
 #if defined(TW_HAS_TILES)
@@ -112,7 +114,9 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
 #endif
   for (int n = 0; n < kPanelVecs<T>; n++) {
     const int at = n * kWidth<T>, group = at / kGroup;
-    const Vec<T> old = load(m + at), fresh = max(old, load(top + at)), high = finite_max<T>(fresh);
+    Vec<T> here = load(top + at);
+    if constexpr (WHOLE) here = whole_above(here);
+    const Vec<T> old = load(m + at), fresh = max(old, here), high = finite_max<T>(fresh);
     Vec<T> sum[4] = {}, ent[4] = {};  // by key index mod 4
     bool seen = false;
     for (int k = 0; k < count; k++) {
@@ -186,8 +190,7 @@ TW_NOINLINE void moments_panel(const T* w, T* ts, const Segment* segments, int c
 }
 
 // Weights as the values' product takes them: in pairs of neighbouring keys, where it takes pairs.
-// With LOST what is lost by that.
-template <class E, bool LOST = false>
+template <class E>
 TW_NOINLINE const E* weights_of(const Acc<E>* s, const Segment* segments, int count, E* pairs) {
   if constexpr (kPairs<E>) {
     using T = Acc<E>;
@@ -199,12 +202,8 @@ TW_NOINLINE const E* weights_of(const Acc<E>* s, const Segment* segments, int co
       for (int j = g.ja; j < g.jb; j += 2)
         for (int n = g.na * kRegs<float>; n < g.nb * kRegs<float>; n++) {
           const T* at = s + int64_t{j} * kPanel + n * kWidth<float>;
-          Vec<T> first = load(at), second = j + 1 < g.jb ? load(at + kPanel) : zero<T>();
-          if constexpr (LOST) {
-            first -= rounded_to_bf16(first);
-            second -= rounded_to_bf16(second);
-          }
-          store_pairs(pairs + int64_t{j / 2} * kPanel + n * kWidth<float>, first, second);
+          const Vec<T> second = j + 1 < g.jb ? load(at + kPanel) : zero<T>();
+          store_pairs(pairs + int64_t{j / 2} * kPanel + n * kWidth<float>, load(at), second);
         }
     }
     return pairs;
@@ -326,7 +325,7 @@ class ForwardBody {
       s.to = t_ ? arena.take<T>(in_.Dv * lanes) : nullptr;
       s.mu = t_ ? arena.take<T>(lanes) : nullptr;
       s.rounded = kPairs<E> ? arena.take<T>(lanes) : nullptr;
-      s.lost = full() ? arena.take<T>(in_.Dv * lanes) : nullptr;
+      s.top = kPairs<E> ? arena.take<T>(lanes) : nullptr;
     }
     tq_ = arena.take<E>(t_ && t_->tq ? in_.D / kFold<E> * lanes : 0);
     ts_ = arena.take<T>(t_ ? kTileKeys * kPanel : 0);
@@ -336,7 +335,6 @@ class ForwardBody {
     top_ = arena.take<T>(kPanel);
     alpha_ = arena.take<T>(kPanel);
     weights_ = arena.take<E>(kPairs<E> ? kTileKeys / 2 * kPanel : 0);
-    lost_ = arena.take<E>(full() ? kTileKeys / 2 * kPanel : 0);
     moments_ = arena.take<E>(kPairs<E> && t_ ? kTileKeys / 2 * kPanel : 0);
     k_.place(arena, in_.k, in_.D);
     v_.place(arena, in_.v, in_.Dv);
@@ -442,7 +440,7 @@ class ForwardBody {
     const int at = (slot_ + p) * kPanel;
     if (logits_move_) move_logits(p, k0, segments, count);
     if (!logits_->plain) apply_options(p, k0, segments, count, words);
-    const bool direct = kTiled<E> && !logits_move_ && !dropout_->on && !full();
+    const bool direct = kTiled<E> && !logits_move_ && !dropout_->on;
     if (direct)
       fold_weights(at, segments, count, weights_);
     else
@@ -461,12 +459,6 @@ class ForwardBody {
     const Factor<E> values{v_.rows.at, v_.rows.ld, w};
     weighted_sum<E, 1>(&values, Dv, words, segments, count, now_->o + at * in_.Dv, alpha_,
                        v_.finite);
-    if (full()) {
-      const Factor<E> rest{v_.rows.at, v_.rows.ld,
-                           weights_of<E, kPairs<E>>(s_, segments, count, lost_)};
-      weighted_sum<E, 1>(&rest, Dv, words, segments, count, now_->lost + at * in_.Dv, alpha_,
-                         v_.finite);
-    }
     if (!t_) return;
     const E* moved_w = logits_move_ ? weights_of<E>(ts_, segments, count, moments_) : nullptr;
     const Factor<E> moved[] = {{v_.rows.at, v_.rows.ld, moved_w}, {tv_.rows.at, tv_.rows.ld, w}};
@@ -497,13 +489,14 @@ class ForwardBody {
   // The panel at row `at`: weights in s_ or, where nothing else is done to them, in pairs.
   template <class Out>
   void fold_weights(int at, const Segment* segments, int count, Out* pairs) {
-    auto weights = out_.entropy ? weights_panel<T, true, Out> : weights_panel<T, false, Out>;
+    constexpr bool kWhole = kPairs<E>;
+    if constexpr (kWhole)
+      for (int i = 0; i < kPanel; i += kWidth<T>)
+        store(now_->top + at + i, max(load(now_->top + at + i), load(top_ + i)));
+    auto weights =
+        out_.entropy ? weights_panel<T, true, kWhole, Out> : weights_panel<T, false, kWhole, Out>;
     weights(s_, segments, count, top_, now_->m + at, now_->l + at, now_->e + at, alpha_, pairs);
   }
-
-  // Whether weights go into o_full without the loss by rounding. A backward pass then subtracts
-  // the delta that belongs to its own weights.
-  bool full() const { return kPairs<E> && out_.o_full; }
 
   bool options_move() const { return logits_->softcap || t_->tbias; }
 
@@ -579,10 +572,10 @@ class ForwardBody {
       store(total_->e + at,
             merge.entropy(load(total_->e + at), la, ma, load(now_->e + at), lb, mb));
       if constexpr (kPairs<E>)
-        store(total_->rounded + at, merge(load(total_->rounded + at), load(now_->rounded + at)));
+        store(total_->rounded + at, merge(load(total_->rounded + at), load(now_->rounded + at))),
+            store(total_->top + at, max(load(total_->top + at), load(now_->top + at)));
       const int64_t from = at / kPanel * in_.Dv * kPanel + at % kPanel;
       merge_columns(merge, total_->o + from, now_->o + from);
-      if (full()) merge_columns(merge, total_->lost + from, now_->lost + from);
       if (!t_) continue;
       merge_columns(merge, total_->to + from, now_->to + from);
       store(total_->mu + at, merge(load(total_->mu + at), load(now_->mu + at)));
@@ -620,26 +613,16 @@ class ForwardBody {
     put_rows<T>(out_t_.to, b_, h_, q0_ + at, rows, to, ld, in_.Dv);
   }
 
-  void put_full(int g, int rows, const RowEnd<T>& end) {
-    const int at = g * kGroup;
-    T *lost = total_->lost + panel(g, in_.Dv), *o = total_->o + panel(g, in_.Dv);
-    for (int64_t d = 0; d < in_.Dv; d++)
-      for (int64_t i = d * kPanel; i < d * kPanel + kGroup; i += kWidth<T>)
-        store(lost + i, load(lost + i) + load(o + i));
-    unpack_lanes<T>(lost, static_cast<int>(in_.Dv), rows, end.o_scale,
-                    out_.o_full.at_mut<T>(b_, h_, q0_ + at), out_.o_full.row);
-  }
-
   void finish() {
     alignas(64) T sink[kGroup] = {};
     if (in_.sinks)
       for (T& z : sink) z = *in_.sinks.at<T>(0, h_);
-    const View4& first = out_.o_full && !full() ? out_.o_full : out_.o;
+    const View4& first = out_.o_full ? out_.o_full : out_.o;
     for (int g = 0; g * kGroup < rows_; g++) {
       const int at = g * kGroup, rows = std::min(kGroup, rows_ - at);
       const int lane = slot_ * kPanel + at;
-      RowEnd<T> end(total_->m + lane, total_->l + lane, total_->e + lane, bool(in_.sinks), sink);
-      if (full()) put_full(g, rows, end);
+      RowEnd<T> end(total_->m + lane, total_->l + lane, total_->e + lane, bool(in_.sinks), sink,
+                    kPairs<E> ? total_->top + lane : nullptr);
       if constexpr (kPairs<E>)
         if (!dropout_->on) divide_by_rounded(&end, total_->l + lane, total_->rounded + lane);
       end.write(out_, in_.row_at(b_, h_, q0_ + at), rows);
@@ -666,8 +649,7 @@ class ForwardBody {
   int64_t b_ = 0, first_head_ = 0, h_ = 0, hk_ = 0, q0_ = 0;
   bool first_ = true;
   int64_t loaded_ = -1;
-  E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *lost_ = nullptr,
-    *pack_ = nullptr;
+  E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
   TileRows<E> k_, v_, tk_, tv_;
   RowsToCome to_come_;
   T *s_ = nullptr, *bias_ = nullptr, *top_ = nullptr, *alpha_ = nullptr, *ts_ = nullptr,

@@ -110,17 +110,25 @@ struct RowEnd {
   alignas(64) T m[kGroup], log_l[kGroup], lse[kGroup], max_logit[kGroup], entropy[kGroup],
       o_scale[kGroup];
 
-  // The sink, a logit without a value, is merged last as the state (z, 1, 0).
-  RowEnd(const T* m_in, const T* l_in, const T* e_in, bool has_sink, const T* sink) {
+  // The sink, a logit without a value, is merged last as the state (z, 1, 0). Where m is a whole
+  // number, `tops` are the row maxima, and the sink's m is the next whole number.
+  RowEnd(const T* m_in, const T* l_in, const T* e_in, bool has_sink, const T* sink, const T* tops) {
     for (int i = 0; i < kGroup; i += kWidth<T>) {
       Vec<T> vm = load(m_in + i), l = load(l_in + i), e = load(e_in + i), scale = splat<T>(1);
-      const Vec<T> top = vm;
+      const Vec<T> top = tops ? load(tops + i) : vm;
       if (has_sink) {
         const Vec<T> z = load(sink + i) * splat<T>(kLog2e);
-        const Vec<T> one = select(equal(z, minus_infinity<T>()), zero<T>(),
-                                  splat<T>(1));  // a sink of -inf is none
-        const Merge<T> merge(vm, z);
-        e = merge.entropy(e, l, vm, zero<T>(), one, z);
+        Vec<T> above = z, one = splat<T>(1), entropy_of_one = zero<T>();
+        if (tops) {
+          above = whole_above(z);
+          one = exp2<T>(z - above);
+          entropy_of_one = one * (z - above);
+        }
+        const auto none = equal(z, minus_infinity<T>());  // a sink of -inf is none
+        one = select(none, zero<T>(), one);
+        entropy_of_one = select(none, zero<T>(), entropy_of_one);
+        const Merge<T> merge(vm, above);
+        e = merge.entropy(e, l, vm, entropy_of_one, one, above);
         l = merge(l, one);
         vm = merge.m;
         scale = merge.a;

@@ -12,7 +12,22 @@
 constexpr int kGradChunk = 960;  // queries and keys of a chunk: 5 query tiles, 10 key tiles
 static_assert(kGradChunk % kGradQueries == 0 && kGradChunk % kGradKeys == 0);
 
-// p = exp2((s - m) - log_l / ln 2), 0 where masked
+// p = exp2((s - m) - log_l / ln 2)
+template <class T>
+TW_INLINE Vec<T> probability(Vec<T> s, Vec<T> m, Vec<T> log2_l) {
+  return exp2<T>((s - m) - log2_l);
+}
+// p as it was in o: of pairs, with the weight exp2(s - m) rounded as the forward pass did it, so
+// that the sum of p dp over keys is the one in delta.
+template <class E>
+TW_INLINE Vec<Acc<E>> p_of_o(Vec<Acc<E>> p, Vec<Acc<E>> l, Vec<Acc<E>> inverse_l) {
+  if constexpr (kPairs<E>)
+    return rounded_to_bf16(p * l) * inverse_l;
+  else
+    return p;
+}
+
+// p, 0 where masked
 template <class T, bool EDGE>
 struct StoreWeights {
   T* p;
@@ -25,7 +40,7 @@ struct StoreWeights {
     TW_MEMBER Column(const StoreWeights& epilogue, int reg)
         : e(epilogue), n(reg), m(load(e.m + n * kWidth<T>)), l(load(e.log2_l + n * kWidth<T>)) {}
     TW_MEMBER void put(int j, Vec<T> x) {
-      Vec<T> w = exp2<T>((x - m) - l);
+      Vec<T> w = probability<T>(x, m, l);
       if constexpr (EDGE) w = select(edge_lanes<T>(e.words, j, n), w, zero<T>());
       store(e.p + int64_t{j} * kGradQueries + n * kWidth<T>, w);
     }
@@ -34,20 +49,26 @@ struct StoreWeights {
 };
 
 // ds = p (dp - delta), 0 where masked
-template <class T, bool EDGE>
+template <class E, bool EDGE>
 struct StoreGradient {
+  using T = Acc<E>;
   T* ds;
-  const T *p, *delta;
+  const T *p, *delta, *l, *inverse_l;
   const uint16_t* words;
   struct Column {
     const StoreGradient& e;
     int n;
-    Vec<T> delta;
+    Vec<T> delta, l, inverse_l;
     TW_MEMBER Column(const StoreGradient& epilogue, int reg)
-        : e(epilogue), n(reg), delta(load(e.delta + n * kWidth<T>)) {}
+        : e(epilogue), n(reg), delta(load(e.delta + n * kWidth<T>)) {
+      if constexpr (kPairs<E>) {
+        l = load(e.l + n * kWidth<T>);
+        inverse_l = load(e.inverse_l + n * kWidth<T>);
+      }
+    }
     TW_MEMBER void put(int j, Vec<T> x) {
       const int64_t at = int64_t{j} * kGradQueries + n * kWidth<T>;
-      Vec<T> d = (x - delta) * load(e.p + at);
+      Vec<T> d = (x - delta) * p_of_o<E>(load(e.p + at), l, inverse_l);
       if constexpr (EDGE) d = select(edge_lanes<T>(e.words, j, n), d, zero<T>());
       store(e.ds + at, d);
     }
@@ -79,8 +100,9 @@ struct QueryTile {
   // blocks of kGradWidth columns; numbers of q scaled for dk. Or pairs of neighbouring rows.
   E *q_rows, *do_rows, *tq_rows, *tdo_rows;
   T *dq, *m, *log2_l, *delta, *mu, *tdelta, *dbias;
-  // of pairs: the sums over keys that rounding ds took away so far, and the last key seen
-  T* lost;
+  // of pairs: exp(log_l) and 1 over it, the sums over keys that rounding ds took away so far, and
+  // the last key seen
+  T *l, *inverse_l, *lost;
   int64_t* last;
 };
 
@@ -125,8 +147,8 @@ class VjpBody {
       tile.tdo_lanes = arena.take<E>(tdo ? kLanes * in_.Dv : 0);
       tile.tdo_rows = arena.take<E>(tdo ? kLanes * (dvp_ + kGradWidth<T>) : 0);
       tile.dq = arena.take<T>(kGradQueries * dp_);
-      for (T** row :
-           {&tile.m, &tile.log2_l, &tile.delta, &tile.mu, &tile.tdelta, &tile.dbias, &tile.lost})
+      for (T** row : {&tile.m, &tile.log2_l, &tile.delta, &tile.mu, &tile.tdelta, &tile.dbias,
+                      &tile.l, &tile.inverse_l, &tile.lost})
         *row = arena.take<T>(kGradQueries);
       tile.last = arena.take<int64_t>(kPairs<E> ? kGradQueries : 0);
     }
@@ -304,6 +326,11 @@ class VjpBody {
       if (!second_) continue;
       t.mu[to] = row(second_->outputs.tlse, r);
       t.tdelta[to] = second_->tdlse ? td[i] - row(second_->tdlse, r) : td[i];
+    }
+    for (int i = g * kGroup; kPairs<E> && i < (g + 1) * kGroup; i += kWidth<T>) {
+      const Vec<T> l = load(t.log2_l + i);
+      store(t.inverse_l + i, exp2<T>(-l));
+      store(t.l + i, splat<T>(1) / load(t.inverse_l + i));
     }
   }
 
@@ -503,8 +530,8 @@ class VjpBody {
     }
   }
   // Rounds ds to bf16 so that its sum over keys, often zero, stays: it is what a common part of the
-  // keys is multiplied by. A quarter of what was lost so far goes to each key that the query sees,
-  // which makes the rounding 7 % coarser; what is left in the end goes to the last of them.
+  // keys is multiplied by. An eighth of what was lost so far goes to each key that the query sees,
+  // which makes the rounding 3 % coarser; what is left in the end goes to the last of them.
   __attribute__((noinline)) void round_in_balance([[maybe_unused]] QueryTile<E>& t,
                                                   [[maybe_unused]] int64_t k0) const {
 #if defined(TW_HAS_PAIRS)
@@ -513,7 +540,7 @@ class VjpBody {
         Vec<T> lost = load(t.lost + q), last = zero<T>();
         for (int j = 0; j < mask_.keys(); j++) {
           T* at = ds_ + j * kGradQueries + q;
-          const Vec<T> d = load(at), r = rounded_to_bf16(fma(lost, splat<T>(0.25), d));
+          const Vec<T> d = load(at), r = rounded_to_bf16(fma(lost, splat<T>(0.125), d));
           const auto hidden = equal(d, zero<T>());
           store(at, select(hidden, d, r));
           lost = select(hidden, lost, lost + (d - r));
@@ -607,7 +634,8 @@ class VjpBody {
               product_scale<E>(*logits_));
     if (logits_wanted_)
       scores<E>(v, dvp_ / kP, t.do_lanes + int64_t{at} * Dv, Dv,
-                StoreGradient<T, EDGE>{ds, prob, t.delta + at, words}, s);
+                StoreGradient<E, EDGE>{ds, prob, t.delta + at, t.l + at, t.inverse_l + at, words},
+                s);
   }
 
   // Zeros where a group of queries sees none of a step's keys; the rest is written.
@@ -639,8 +667,8 @@ class VjpBody {
   TW_MEMBER Vec<T> weight(const Lane& lane, int j, int n, Vec<T> raw, Vec<T>* tanh_out) const {
     const Vec<T> added =
         logits_->bias ? load(bias_ + int64_t{j} * kPanel + n * kWidth<T>) : zero<T>();
-    return exp2<T>(((*logits_)(raw, abs(lane.position - splat<T>(j)), added, tanh_out) - lane.m) -
-                   lane.l);
+    return probability<T>((*logits_)(raw, abs(lane.position - splat<T>(j)), added, tanh_out),
+                          lane.m, lane.l);
   }
 
   __attribute__((noinline)) void elements(QueryTile<E>& t, int p, int64_t k0, const Segment& s,
@@ -656,6 +684,8 @@ class VjpBody {
         kept = w * f;
         dp = dp * f;
       }
+      // with dropout o has other weights: those that were kept
+      if (!dropout_->on) w = p_of_o<E>(w, load(t.l + lane.at), load(t.inverse_l + lane.at));
       Vec<T> d = (dp - lane.delta) * w;
       if (s.edge) {
         const Lanes<T> in = edge_lanes<T>(words, j, n);

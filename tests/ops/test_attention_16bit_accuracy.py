@@ -81,8 +81,8 @@ def test_outliers_cost_the_rounding_of_inputs_and_output(
     """Not that of logits and probabilities, which makes the textbook in float16 1.6 times worse."""
     q, k, v = (round_to(x, dtype) for x in outliers.inputs)
     wide = [x.astype(np.float64) for x in (q, k, v)]
-    # Measured: 1.0000 times the roundings of inputs and o, 1.011 where weights are bfloat16 too.
-    bar = 1.02 * rms(round_to(outliers.exact(*wide), dtype) - outliers.o)
+    # Measured: 1.0000 times the roundings of inputs and o, 1.044 where weights are bfloat16 too.
+    bar = 1.06 * rms(round_to(outliers.exact(*wide), dtype) - outliers.o)
     assert rms(tw.attention(q, k, v) - outliers.o) <= bar
     if dtype == FLOAT16:
         textbook = (softmax(q, k, dtype) @ v.astype(np.float32)).astype(dtype)
@@ -126,7 +126,7 @@ def test_values_with_a_mean_need_the_full_output(target: str) -> None:
         for o in (r.o_full, r.o)
     )
     # Products of pairs round weights and add them up unrounded, which a mean of values shows.
-    assert max(full) <= (2.5 if target in ("avx512bf16", "amx", EMULATED) else 2)
+    assert max(full) <= 2
     assert min(rounded[:2]) > 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,7 @@ def forward_jvp(
 ) -> tuple[AttentionOutputs, OutputTangents]:
     """Compute attention and the tangents of o and lse in one pass over the keys."""
     found, moved = _results(call, want), _output_tangents(call, call.dtype)
-    _core.attention_forward_jvp(
-        **_given(call, {**found, **_tangents(tangents), **moved._asdict()}),
-        **_options(call),
-    )
+    _forward_jvp(call, found, tangents, moved)
     return _outputs(call, found), moved
 
 
@@ -63,15 +61,25 @@ def vjp(
 
 def jvp(call: AttentionCall, tangents: TangentCall) -> OutputTangents:
     """Compute the tangents of o and lse tile by tile, in the layout of the call."""
+    if _is_rounded_on_the_way(call):
+        return forward_jvp(call, Want(), tangents)[1]
     return _jvp(call, tangents, call.dtype)
 
 
 def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> AttentionGrads:
     """Compute the tangents of the gradients tile by tile, in the layout of the call."""
-    moved = second.outputs or _jvp(call, second.tangents, call.compute_dtype)
+    cotangents = second.cotangents
+    if _is_rounded_on_the_way(call):
+        full = Want(o_full=True)
+        found, moved = _results(call, full), _output_tangents(call, call.compute_dtype)
+        _forward_jvp(call, found, second.tangents, moved)
+        outputs = _outputs(call, found)
+        cotangents = replace(cotangents, o=outputs.o_full, stats=outputs.stats)
+    else:
+        moved = second.outputs or _jvp(call, second.tangents, call.compute_dtype)
     found = _gradients(call, needed)
     arrays = {
-        **_cotangents(call, second.cotangents),
+        **_cotangents(call, cotangents),
         **_tangents(second.tangents),
         "to": moved.to,
         "tlse": np.ascontiguousarray(moved.tlse),
@@ -81,6 +89,21 @@ def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED
     }
     _core.attention_vjp_jvp(**_given(call, arrays), **_options(call))
     return _shaped(call, found)
+
+
+def _forward_jvp(
+    call: AttentionCall, found: dict[str, Any], tangents: InputTangents, moved: OutputTangents
+) -> None:
+    arrays = {**found, **_tangents(tangents), **moved._asdict()}
+    _core.attention_forward_jvp(**_given(call, arrays), **_options(call))
+
+
+def _is_rounded_on_the_way(call: AttentionCall) -> bool:
+    """Return whether the forward pass may have rounded the weights to bfloat16.
+
+    Tangents subtract `tlse * o`, which has to be the sum over the weights that they use.
+    """
+    return storage_of(call.dtype) == "bfloat16"
 
 
 def _jvp(call: AttentionCall, tangents: TangentCall, dtype: FloatDType) -> OutputTangents:

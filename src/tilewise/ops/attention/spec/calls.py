@@ -24,8 +24,8 @@ class RowStats(NamedTuple):
     The two are kept apart because their rounded sum loses `log_l` where `|m|` is large.
 
     Attributes:
-        m: `(B, H, N)`, dtype of q, at least float32. Row maximum times `log2(e)`; -inf for a row
-            without keys.
+        m: `(B, H, N)`, dtype of q, at least float32. Row maximum times `log2(e)`, in bfloat16 the
+            next whole number where pairs are multiplied; -inf for a row without keys.
         log_l: `(B, H, N)`, dtype of m. Natural logarithm of `sum exp(s - m * ln(2))`; 0 for a row
             without keys.
     """
