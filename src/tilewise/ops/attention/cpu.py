@@ -74,6 +74,7 @@ def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED
         found, moved = _results(call, full), _output_tangents(call, call.compute_dtype)
         _forward_jvp(call, found, second.tangents, moved)
         outputs = _outputs(call, found)
+        assert outputs.o_full is not None
         cotangents = replace(cotangents, o=outputs.o_full, stats=outputs.stats)
     else:
         moved = second.outputs or _jvp(call, second.tangents, call.compute_dtype)
