@@ -3,108 +3,11 @@
 // ascending key order; dk and dv add theirs inside a query chunk, and the chunks in ascending order
 // under a ticket for each key chunk, so neither threads nor loop order reach the bits.
 #pragma once
-#include "ops/attention_pairs-inl.hpp"
+#include "ops/attention_gradient-inl.hpp"
 #include "ops/vjp_schedule.hpp"
 #include "runtime/workspace.hpp"
 
 #include "simd/begin.hpp"
-
-constexpr int kGradChunk = 960;  // queries and keys of a chunk: 5 query tiles, 10 key tiles
-static_assert(kGradChunk % kGradQueries == 0 && kGradChunk % kGradKeys == 0);
-
-// p = exp2((s - m) - log_l / ln 2)
-template <class T>
-TW_INLINE Vec<T> probability(Vec<T> s, Vec<T> m, Vec<T> log2_l) {
-  return exp2<T>((s - m) - log2_l);
-}
-// p as it was in o: of pairs, with the weight exp2(s - m) rounded as the forward pass did it, so
-// that the sum of p dp over keys is the one in delta.
-template <class E>
-TW_INLINE Vec<Acc<E>> p_of_o(Vec<Acc<E>> p, Vec<Acc<E>> l, Vec<Acc<E>> inverse_l) {
-  if constexpr (kPairs<E>)
-    return rounded_to_bf16(p * l) * inverse_l;
-  else
-    return p;
-}
-
-// p, 0 where masked
-template <class T, bool EDGE>
-struct StoreWeights {
-  T* p;
-  const T *m, *log2_l;
-  const uint16_t* words;
-  struct Column {
-    const StoreWeights& e;
-    int n;
-    Vec<T> m, l;
-    TW_MEMBER Column(const StoreWeights& epilogue, int reg)
-        : e(epilogue), n(reg), m(load(e.m + n * kWidth<T>)), l(load(e.log2_l + n * kWidth<T>)) {}
-    TW_MEMBER void put(int j, Vec<T> x) {
-      Vec<T> w = probability<T>(x, m, l);
-      if constexpr (EDGE) w = select(edge_lanes<T>(e.words, j, n), w, zero<T>());
-      store(e.p + int64_t{j} * kGradQueries + n * kWidth<T>, w);
-    }
-    TW_MEMBER void finish() {}
-  };
-};
-
-// ds = p (dp - delta), 0 where masked
-template <class E, bool EDGE>
-struct StoreGradient {
-  using T = Acc<E>;
-  T* ds;
-  const T *p, *delta, *l, *inverse_l;
-  const uint16_t* words;
-  struct Column {
-    const StoreGradient& e;
-    int n;
-    Vec<T> delta, l, inverse_l;
-    TW_MEMBER Column(const StoreGradient& epilogue, int reg)
-        : e(epilogue), n(reg), delta(load(e.delta + n * kWidth<T>)) {
-      if constexpr (kPairs<E>) {
-        l = load(e.l + n * kWidth<T>);
-        inverse_l = load(e.inverse_l + n * kWidth<T>);
-      }
-    }
-    TW_MEMBER void put(int j, Vec<T> x) {
-      const int64_t at = int64_t{j} * kGradQueries + n * kWidth<T>;
-      Vec<T> d = (x - delta) * p_of_o<E>(load(e.p + at), l, inverse_l);
-      if constexpr (EDGE) d = select(edge_lanes<T>(e.words, j, n), d, zero<T>());
-      store(e.ds + at, d);
-    }
-    TW_MEMBER void finish() {}
-  };
-};
-
-template <class T>
-struct StoreRaw {
-  T* s;
-  struct Column {
-    T* s;
-    TW_MEMBER Column(const StoreRaw& e, int n) : s(e.s + n * kWidth<T>) {}
-    TW_MEMBER void put(int j, Vec<T> x) { store(s + int64_t{j} * kGradQueries, x); }
-    TW_MEMBER void finish() {}
-  };
-};
-
-// A query tile: packed rows, row statistics, masking, and dq as it grows.
-template <class E>
-struct QueryTile {
-  using T = Acc<E>;
-  MaskBlock mask;
-  int64_t q0;
-  int rows;
-  bool finite;
-  // [panel][column][kPanel]; numbers of q scaled for the logits
-  E *q_lanes, *do_lanes, *tq_lanes, *tdo_lanes;
-  // blocks of kGradWidth columns; numbers of q scaled for dk. Or pairs of neighbouring rows.
-  E *q_rows, *do_rows, *tq_rows, *tdo_rows;
-  T *dq, *m, *log2_l, *delta, *mu, *tdelta, *dbias;
-  // of pairs: exp(log_l) and 1 over it, the sums over keys that rounding ds took away so far, and
-  // the last key seen
-  T *l, *inverse_l, *lost;
-  int64_t* last;
-};
 
 // E is what the products take, T what they are summed in.
 template <class E>
@@ -488,19 +391,21 @@ class VjpBody {
     const E *k = keys_of(k_, k_pairs_, row), *tk = t_.tk ? keys_of(tk_, tk_pairs_, row) : nullptr;
     Terms<E> dv, dk, dq;
     if (grads_.dv) {
-      if (second_ && logits_move_) dv.add(of_queries(tp_, tp_queries_), t.do_rows);
-      if (!second_ || tdo) dv.add(of_queries(p_, p_queries_), second_ ? t.tdo_rows : t.do_rows);
+      if (second_ && logits_move_) dv.add(of_queries<E>(mask_, tp_, tp_queries_), t.do_rows);
+      if (!second_ || tdo)
+        dv.add(of_queries<E>(mask_, p_, p_queries_), second_ ? t.tdo_rows : t.do_rows);
       sum_over_queries<E>(mask_, dv, finite, dv_ + row * dvp_, dvp_);
     }
     if (grads_.dk) {
-      if (second_) dk.add(of_queries(tds_, tds_queries_), t.q_rows);
-      if (!second_ || t_.tq) dk.add(of_queries(ds_, ds_queries_), second_ ? t.tq_rows : t.q_rows);
+      if (second_) dk.add(of_queries<E>(mask_, tds_, tds_queries_), t.q_rows);
+      if (!second_ || t_.tq)
+        dk.add(of_queries<E>(mask_, ds_, ds_queries_), second_ ? t.tq_rows : t.q_rows);
       sum_over_queries<E>(mask_, dk, finite, dk_ + row * dp_, dp_);
     }
     if (grads_.dq) {
-      if (kPairs<E> && !second_) round_in_balance(t, k0);
-      if (second_) dq.add(of_keys(tds_, tds_keys_), k);
-      if (!second_ || tk) dq.add(of_keys(ds_, ds_keys_), second_ ? tk : k);
+      if (kPairs<E> && !second_) round_in_balance<E>(mask_, ds_, t, k0);
+      if (second_) dq.add(of_keys<E>(mask_, tds_, tds_keys_), k);
+      if (!second_ || tk) dq.add(of_keys<E>(mask_, ds_, ds_keys_), second_ ? tk : k);
       sum_over_keys<E>(mask_, dq, finite, t.dq, dp_);
     }
   }
@@ -509,76 +414,11 @@ class VjpBody {
   const E* keys_of(const E* rows, const E* pairs, int64_t row) const {
     return kPairs<E> ? pairs + row / kP * dp_ : rows + row * dp_;
   }
-  // Weights [key][query] as sums over queries and over keys take them: in pairs of neighbours, with
-  // zeros for what is not there.
-  const E* of_queries(const T* weights, E* pairs) const {
-    if constexpr (!kPairs<E>)
-      return weights;
-    else {
-      for (int j = 0; j < mask_.keys(); j++)
-        for (int q = 0; q < mask_.groups() * kGroup; q += 2 * kGroup) {
-          const T* at = weights + j * kGradQueries + q;
-          const bool both = q + kGroup < mask_.groups() * kGroup;
-          Vec<T> first = load(at), second = both ? load(at + kGroup) : zero<T>();
-#if defined(TW_HAS_TILES)
-          first = tiled::first_lanes(mask_.rows() - q, first);
-          second = tiled::first_lanes(mask_.rows() - q - kGroup, second);
-#endif
-          store_row_pairs(pairs + (j * kGradQueries + q) / 2, first, second);
-        }
-      return pairs;
-    }
-  }
-  // Rounds ds to bf16 so that its sum over keys, often zero, stays: it is what a common part of the
-  // keys is multiplied by. An eighth of what was lost so far goes to each key that the query sees,
-  // which makes the rounding 3 % coarser; what is left in the end goes to the last of them.
-  __attribute__((noinline)) void round_in_balance([[maybe_unused]] QueryTile<E>& t,
-                                                  [[maybe_unused]] int64_t k0) const {
-#if defined(TW_HAS_PAIRS)
-    if constexpr (kPairs<E>) {
-      for (int q = 0; q < mask_.groups() * kGroup; q += kWidth<T>) {
-        Vec<T> lost = load(t.lost + q), last = zero<T>();
-        for (int j = 0; j < mask_.keys(); j++) {
-          T* at = ds_ + j * kGradQueries + q;
-          const Vec<T> d = load(at), r = rounded_to_bf16(fma(lost, splat<T>(0.125), d));
-          const auto hidden = equal(d, zero<T>());
-          store(at, select(hidden, d, r));
-          lost = select(hidden, lost, lost + (d - r));
-          last = select(hidden, last, splat<T>(j + 1));
-        }
-        store(t.lost + q, lost);
-        for (int i = 0; i < kWidth<T>; i++)
-          if (last[i] != 0) t.last[q + i] = k0 + static_cast<int64_t>(last[i]) - 1;
-      }
-    }
-#endif
-  }
   void add_lost(QueryTile<E>& t, int r) {
     if (t.lost[r] == 0) return;
     const Rows<T> key =
         read_rows<T>(in_.k, b_, hk_, t.last[r], 1, static_cast<int>(in_.D), columns_);
     add_scaled_row<T>(t.dq + r * dp_, key.at, in_.D, set1(t.lost[r]));
-  }
-  const E* of_keys(const T* weights, E* pairs) const {
-    if constexpr (!kPairs<E>)
-      return weights;
-    else if constexpr (kTiled<E>) {
-#if defined(TW_HAS_TILES)
-      for (int q = 0; q < mask_.rows(); q += kGroup)
-        tiled::pack_weights(weights + q, kGradQueries, mask_.keys(), pairs + q * (kGradKeys / 2),
-                            kGradKeys / 2);
-#endif
-      return pairs;
-    } else {
-      for (int j = 0; j < mask_.keys(); j += 2)
-        for (int q = 0; q < mask_.groups() * kGroup; q += kWidth<T>) {
-          const T* at = weights + j * kGradQueries + q;
-          const bool both = j + 1 < mask_.keys();
-          store_pairs(pairs + j / 2 * kGradQueries + q, load(at),
-                      both ? load(at + kGradQueries) : zero<T>());
-        }
-      return pairs;
-    }
   }
 
   // p and ds of one panel, zero where nothing is seen; of the JVP their tangents too

@@ -1,0 +1,563 @@
+// The softmax family for one target. Rows are cut into chunks of kChunk columns, counted from
+// column 0: each has its own maximum and sum, in 64 lanes and a fixed tree, and chunks are merged
+// in ascending order. So neither threads nor strides nor vector widths reach the bits.
+#pragma once
+#include <algorithm>
+
+#include "math/softmax_state-inl.hpp"
+#include "ops/softmax.hpp"
+#include "runtime/workspace.hpp"
+
+#include "simd/begin.hpp"
+
+constexpr int kChunk = 2048;
+constexpr int kAhead = kChunk;    // columns from one that is worked on to one asked for
+constexpr int kLanesWide = 64;    // partial sums of a chunk
+constexpr int kShortRow = 512;    // rows up to this length are worked on together
+constexpr int64_t kKept = 16384;  // rows up to this length keep their weights between passes
+
+template <class T>
+TW_INLINE Vec<T> load_some(const T* p, int n, T fill) {
+  if (n == kWidth<T>) return load(p);
+  alignas(64) T x[kWidth<T>];
+  for (int i = 0; i < kWidth<T>; i++) x[i] = i < n ? p[i] : fill;
+  return load(x);
+}
+template <class T>
+TW_INLINE void store_some(T* p, int n, Vec<T> v) {
+  if (n == kWidth<T>) return store(p, v);
+  for (int i = 0; i < n; i++) p[i] = v[i];
+}
+
+// f(index, register of the lanes, columns in it)
+template <class T, class F>
+TW_INLINE void each_register(int n, const F& f) {
+  constexpr int kAll = kLanesWide / kWidth<T>;
+  int j = 0;
+  for (; j + kLanesWide <= n; j += kLanesWide)
+    TW_UNROLL for (int u = 0; u < kAll; u++) f(j + u * kWidth<T>, u, kWidth<T>);
+  if (j == n) return;
+  TW_UNROLL for (int u = 0; u < kAll; u++) {
+    const int at = j + u * kWidth<T>;
+    if (at < n) f(at, u, std::min(n - at, kWidth<T>));
+  }
+}
+
+// op over 16 lanes in a fixed tree: lanes 8 apart, then 4, 2, 1
+template <class T, class Op>
+TW_INLINE T tree(const Vec<T> (&x)[kRegs<T>], const Op& op) {
+#if defined(TILEWISE_TARGET_AVX512)
+  if constexpr (kRegs<T> == 1) {
+    __m512 v = (__m512)x[0];
+    auto fold = [&](__m512 y) __attribute__((always_inline)) { v = (__m512)op((VecF)v, (VecF)y); };
+    fold(_mm512_shuffle_f32x4(v, v, _MM_SHUFFLE(1, 0, 3, 2)));
+    fold(_mm512_shuffle_f32x4(v, v, _MM_SHUFFLE(2, 3, 0, 1)));
+    fold(_mm512_permute_ps(v, _MM_SHUFFLE(1, 0, 3, 2)));
+    fold(_mm512_permute_ps(v, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm512_cvtss_f32(v);
+  }
+#endif
+  alignas(64) T lane[kGroup];
+  for (int r = 0; r < kRegs<T>; r++) store(lane + r * kWidth<T>, x[r]);
+  for (int half = kGroup / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] = op(lane[i], lane[i + half]);
+  return lane[0];
+}
+
+// One register for each kWidth of 64 lanes, folded to one number in a fixed order.
+template <class T>
+struct Lanes64 {
+  Vec<T> of[kLanesWide / kWidth<T>];
+  explicit Lanes64(T x = 0) {
+    for (Vec<T>& v : of) v = set1(x);
+  }
+  template <class Op>
+  TW_MEMBER T fold(const Op& op) const {
+    Vec<T> x[kRegs<T>];
+    TW_UNROLL for (int r = 0; r < kRegs<T>; r++) {
+      auto group = [&](int g) __attribute__((always_inline)) { return of[g * kRegs<T> + r]; };
+      x[r] = op(op(group(0), group(2)), op(group(1), group(3)));
+    }
+    return tree<T>(x, op);
+  }
+  TW_MEMBER T total() const {
+    return fold([](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  }
+  // a number where one side is NaN
+  TW_MEMBER T top() const {
+    return fold([](auto a, auto b) __attribute__((always_inline)) {
+      if constexpr (std::is_same_v<decltype(a), T>)
+        return a > b ? a : b;
+      else
+        return max(a, b);
+    });
+  }
+};
+
+// exp(k d) for d <= 0, with k log2(e) in two parts: within 2 ulp of exp of the rounded d k. Exactly
+// 1 at 0, and +0 below 2^kCut.
+template <class T>
+struct Exp {
+  Vec<T> high, low;
+  explicit Exp(double k) {
+    const double base2 = k * kLog2e;
+    high = splat<T>(base2);
+    low = splat<T>(base2 - static_cast<double>(static_cast<T>(base2)));
+  }
+  TW_MEMBER Vec<T> operator()(Vec<T> d) const {
+    using P = Polynomials<T>;
+    const Vec<T> x = d * high, t = x + set1(P::kRound), n = t - set1(P::kRound),
+                 f = fma(d, low, fma(d, high, -n));
+    return ldexp_cut(fma(horner<T>(P::kExp2, f), f, splat<T>(1)), n, t, x, P::kCut);
+  }
+  T operator()(T d) const { return (*this)(set1(d))[0]; }
+};
+
+template <class T>
+struct ChunkState {
+  T m, l;
+};
+
+template <class T>
+class SoftmaxRow {
+ public:
+  explicit SoftmaxRow(const SoftmaxProblem& problem)
+      : p_(problem),
+        scale_(static_cast<T>(problem.scale)),
+        exp_(problem.scale),
+        exp1_(1),
+        kept_(problem.columns <= kKept) {}
+
+  void place(Arena& arena) {
+    const int64_t row = kept_ ? chunks() * kChunk : kChunk;
+    x_ = arena.take<T>(row);
+    weights_ = arena.take<T>(row);
+    for (T*& scratch : scratch_) scratch = arena.take<T>(kChunk);
+    out_ = arena.take<T>(kChunk);
+  }
+
+  // one, without columns, of an empty row
+  int64_t chunks() const { return std::max<int64_t>(1, (p_.columns + kChunk - 1) / kChunk); }
+
+  void take(int64_t row) {
+    outer_ = p_.inner == 1 ? row : row / p_.inner;
+    inner_ = p_.inner == 1 ? 0 : row % p_.inner;
+    known_ = 0;
+  }
+
+  // --- Forward -------
+
+  ChunkState<T> state(int64_t chunk) {
+    const int n = width(chunk);
+    const T* x = logits(chunk);
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    // max(a, b) is b where either is NaN: one may be lost here, but not in the sum below
+    Lanes64<T> top(kNone);
+    each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
+      top.of[u] = max(load_some(x + j, left, kNone), top.of[u]);
+    });
+    const T m = top.top();
+    const Vec<T> high = finite_max<T>(set1(m));
+    const T l = kept_ ? sum_of_weights<true>(x, n, high, weights_ + chunk * kChunk)
+                      : sum_of_weights<false>(x, n, high, nullptr);
+    return {m, l};
+  }
+
+  // Merges the chunks' states and the sink; one of those who do writes the numbers of the row.
+  void finish(const ChunkState<T>* states, bool writes) {
+    T m = -std::numeric_limits<T>::infinity(), l = 0;
+    if (chunks() == 1)
+      m = states[0].m, l = states[0].l;
+    else
+      for (int64_t c = 0; c < chunks(); c++) add_state(states[c], &m, &l);
+    if (p_.sink) {
+      const T z = number(p_.sink);
+      if (!(z == -std::numeric_limits<T>::infinity())) add_sink(z, &m, &l);
+    }
+    m_ = m;
+    l_ = l;
+    if (p_.log_y || p_.lse || p_.log_l) log_l_ = l == 0 ? T{0} : l != l ? l : log<T>(set1(l))[0];
+    const T top = m_;
+    if (l != l) m_ = l;
+    if (!writes) return;
+    put_number(p_.m, m_ + T{0});
+    put_number(p_.log_l, log_l_);
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    put_number(p_.lse, top == kInfinity ? top : m_ * scale_ + log_l_);
+  }
+
+  void write(int64_t chunk, const ChunkState<T>* states, bool stream) {
+    const int n = width(chunk);
+    const Vec<T> inverse = set1(l_ == 0 ? T{0} : T{1} / l_), high = finite_max<T>(set1(m_));
+    if (p_.y && kept_) {
+      const T* w = weights_ + chunk * kChunk;
+      const bool moved = states[chunk].m != m_;
+      const Vec<T> factor =
+          moved ? exp_(finite_max<T>(set1(states[chunk].m)) - high) * inverse : inverse;
+      emit(p_.y, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+        return load_some(w + j, left, T{0}) * factor;
+      });
+    } else if (p_.y) {
+      const T* x = logits(chunk);
+      emit(p_.y, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+        return exp_(load_some(x + j, left, T{0}) - high) * inverse;
+      });
+    }
+    if (!p_.log_y) return;
+    const T* x = logits(chunk);
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    emit(p_.log_y, chunk, n, stream, kNone, [&](int j, int left) __attribute__((always_inline)) {
+      return fma(load_some(x + j, left, T{0}) - high, set1(scale_), set1(-log_l_));
+    });
+  }
+
+  // --- Forward of short rows, several at once: the folds of one row hide behind those of others
+  // ---
+
+  static constexpr int kTogether = 4;
+  bool short_rows() const {
+    return p_.columns <= kShortRow && p_.inner == 1 && !p_.sink && !p_.log_y && plain(p_.x) &&
+           (!p_.y || plain(p_.y));
+  }
+  // Rows [r, r + kTogether), with the bits that each has by itself.
+  void forward_together(int64_t r, bool stream) {
+    const int n = static_cast<int>(p_.columns);
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    const T* x[kTogether];
+    Lanes64<T> top[kTogether], sum[kTogether];
+    Vec<T> high[kTogether];
+    const Exp<T> exp = exp_;
+    for (int i = 0; i < kTogether; i++) {
+      x[i] = element<T>(p_.x, r + i, 0, 0);
+      top[i] = Lanes64<T>(kNone);
+    }
+    each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
+      TW_UNROLL for (int i = 0; i < kTogether; i++) top[i].of[u] =
+          max(load_some(x[i] + j, left, kNone), top[i].of[u]);
+    });
+    T m[kTogether];
+    TW_UNROLL for (int i = 0; i < kTogether; i++) {
+      m[i] = top[i].top();
+      high[i] = finite_max<T>(set1(m[i]));
+    }
+    each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
+      TW_UNROLL for (int i = 0; i < kTogether; i++) {
+        const Vec<T> e = exp(load_some(x[i] + j, left, kNone) - high[i]);
+        sum[i].of[u] += e;
+        store_some(weights_ + i * kShortRow + j, left, e);
+      }
+    });
+    for (int i = 0; i < kTogether; i++) {
+      take(r + i);
+      const ChunkState<T> state{m[i], sum[i].total()};
+      finish(&state, true);
+      if (!p_.y) continue;
+      const Vec<T> inverse = set1(l_ == 0 ? T{0} : T{1} / l_);
+      const T* w = weights_ + i * kShortRow;
+      emit(p_.y, 0, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+        return load_some(w + j, left, T{0}) * inverse;
+      });
+    }
+  }
+
+  // --- Derivatives: sums over a row, chunk by chunk, then what they give -------
+
+  // The numbers of a row that derivatives start from.
+  void load_row() {
+    m_ = number(p_.m);
+    log_l_ = number(p_.log_l);
+    empty_ = m_ == -std::numeric_limits<T>::infinity();
+    inverse_ = empty_ ? T{0} : exp1_(-log_l_);
+    sink_ = T{0};
+    if (p_.sink && !empty_) {
+      const T z = number(p_.sink);
+      sink_ = exp_sink(z) * inverse_;
+    }
+  }
+
+  struct Sums {
+    T c, mu;  // sum of p gy + gz, and of p ts
+  };
+  Sums sums(int64_t chunk) {
+    const int n = width(chunk);
+    const T* p = probabilities(chunk);
+    Lanes64<T> c, mu;
+    if (p_.gy) {
+      const T* gy = read(p_.gy, chunk, n, T{0}, scratch_[0]);
+      add(n, &c, [&](int j, int left) __attribute__((always_inline)) {
+        return load_some(p + j, left, T{0}) * load_some(gy + j, left, T{0});
+      });
+    }
+    if (p_.gz) {
+      const T* gz = read(p_.gz, chunk, n, T{0}, scratch_[0]);
+      add(n, &c, [&](int j, int left) __attribute__((always_inline)) {
+        return load_some(gz + j, left, T{0});
+      });
+    }
+    if (p_.tx) {
+      const T* tx = read(p_.tx, chunk, n, T{0}, scratch_[0]);
+      add(n, &mu, [&](int j, int left) __attribute__((always_inline)) {
+        return load_some(p + j, left, T{0}) * load_some(tx + j, left, T{0});
+      });
+    }
+    return {c.total(), mu.total()};
+  }
+  void finish_sums(const Sums* parts) {
+    T c = 0, mu = 0;
+    for (int64_t k = 0; k < chunks(); k++) c += parts[k].c, mu += parts[k].mu;
+    c_ = p_.gl ? c - number(p_.gl) : c;
+    tsink_ = p_.tsink ? number(p_.tsink) : T{0};
+    mu_ = mu * scale_;
+    if (p_.sink) mu_ += sink_ * tsink_;
+    if (empty_) c_ = mu_ = 0;
+  }
+
+  // The part of tc that a chunk has: sum of tp gy + p tgy + tgz.
+  T moved_sum(int64_t chunk) {
+    const int n = width(chunk);
+    const T* p = probabilities(chunk);
+    const T *tx = maybe(p_.tx, chunk, n, scratch_[0]), *gy = maybe(p_.gy, chunk, n, scratch_[1]),
+            *tgy = maybe(p_.tgy, chunk, n, scratch_[2]),
+            *tgz = maybe(p_.tgz, chunk, n, scratch_[3]);
+    Lanes64<T> sum;
+    add(n, &sum, [&](int j, int left) __attribute__((always_inline)) {
+      const Vec<T> ts = some(tx, j, left) * set1(scale_);
+      Vec<T> t = (ts - set1(mu_)) * some(gy, j, left) + some(tgy, j, left);
+      return load_some(p + j, left, T{0}) * t + some(tgz, j, left);
+    });
+    return sum.total();
+  }
+  void finish_moved(const T* parts) {
+    T tc = 0;
+    for (int64_t k = 0; k < chunks(); k++) tc += parts[k];
+    tc_ = p_.tgl ? tc - number(p_.tgl) : tc;
+    // the sink is one more column, without cotangents of its own
+    if (empty_) tc_ = 0;
+  }
+
+  void write_vjp(int64_t chunk, bool stream) {
+    const int n = width(chunk);
+    const T* p = probabilities(chunk);
+    const T *gy = maybe(p_.gy, chunk, n, scratch_[0]), *gz = maybe(p_.gz, chunk, n, scratch_[1]);
+    emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+      const Vec<T> ds = load_some(p + j, left, T{0}) * (some(gy, j, left) - set1(c_));
+      return empty_ ? zero<T>() : (ds + some(gz, j, left)) * set1(scale_) + zero<T>();
+    });
+    if (chunk == 0) put_number(p_.dsink, -sink_ * c_ + T{0});
+  }
+
+  void write_jvp(int64_t chunk, bool stream) {
+    const int n = width(chunk);
+    const T* p = probabilities(chunk);
+    const T* tx = maybe(p_.tx, chunk, n, scratch_[0]);
+    auto ts = [&](int j, int left) __attribute__((always_inline)) {
+      return some(tx, j, left) * set1(scale_) - set1(mu_);
+    };
+    if (p_.ty)
+      emit(p_.ty, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+        return load_some(p + j, left, T{0}) * ts(j, left) + zero<T>();
+      });
+    if (p_.tz)
+      emit(p_.tz, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+        return empty_ ? zero<T>() : ts(j, left) + zero<T>();
+      });
+    if (chunk == 0) put_number(p_.tl, mu_ + T{0});
+  }
+
+  void write_vjp_jvp(int64_t chunk, bool stream) {
+    const int n = width(chunk);
+    const T* p = probabilities(chunk);
+    const T *tx = maybe(p_.tx, chunk, n, scratch_[0]), *gy = maybe(p_.gy, chunk, n, scratch_[1]),
+            *tgy = maybe(p_.tgy, chunk, n, scratch_[2]),
+            *tgz = maybe(p_.tgz, chunk, n, scratch_[3]);
+    emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+      const Vec<T> moved = some(tx, j, left) * set1(scale_) - set1(mu_);
+      const Vec<T> tds = moved * (some(gy, j, left) - set1(c_)) + (some(tgy, j, left) - set1(tc_));
+      const Vec<T> all = load_some(p + j, left, T{0}) * tds + some(tgz, j, left);
+      return empty_ ? zero<T>() : all * set1(scale_) + zero<T>();
+    });
+    if (chunk == 0) put_number(p_.dsink, -sink_ * ((tsink_ - mu_) * c_ + tc_) + T{0});
+  }
+
+ private:
+  int width(int64_t chunk) const {
+    return static_cast<int>(std::min<int64_t>(kChunk, p_.columns - chunk * kChunk));
+  }
+
+  // Sum of exp(x - high), each kept in w where wanted.
+  template <bool KEPT>
+  TW_MEMBER T sum_of_weights(const T* x, int n, Vec<T> high, T* w) const {
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    const Exp<T> exp = exp_;
+    Lanes64<T> sum;
+    each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
+      prefetch(x + j + kAhead);
+      const Vec<T> e = exp(load_some(x + j, left, kNone) - high);
+      sum.of[u] += e;
+      if constexpr (KEPT) store_some(w + j, left, e);
+    });
+    return sum.total();
+  }
+
+  void add_state(const ChunkState<T>& s, T* m, T* l) const {
+    const T lowest = std::numeric_limits<T>::lowest(), top = s.m > *m ? s.m : *m;
+    const T high = lowest > top ? lowest : top;
+    *l = *l * exp_((lowest > *m ? lowest : *m) - high) +
+         s.l * exp_((lowest > s.m ? lowest : s.m) - high);
+    *m = top;
+  }
+
+  // exp(z - m scale)
+  T exp_sink(T z) const {
+    const T d = static_cast<T>(static_cast<double>(z) - static_cast<double>(m_) * p_.scale);
+    return exp1_(d < T{0} ? d : T{0});
+  }
+  // The sink as a column of its own, whose logit is z and whose x would be z / scale.
+  void add_sink(T z, T* m, T* l) {
+    const T x = static_cast<T>(static_cast<double>(z) / p_.scale), top = x > *m ? x : *m;
+    const T lowest = std::numeric_limits<T>::lowest();
+    *l = *l * exp_((lowest > *m ? lowest : *m) - top);
+    *m = m_ = top;
+    *l += z != z ? z : exp_sink(z);
+  }
+
+  // --- Memory -------
+
+  T number(const View3& v) const {
+    return static_cast<const T*>(v.data)[outer_ * v.outer + inner_ * v.inner];
+  }
+  void put_number(const View3& v, T value) const {
+    if (v) static_cast<T*>(const_cast<void*>(v.data))[outer_ * v.outer + inner_ * v.inner] = value;
+  }
+  template <class U>
+  static const U* element(const View3& v, int64_t outer, int64_t column, int64_t inner) {
+    return static_cast<const U*>(v.data) + outer * v.outer + column * v.column + inner * v.inner;
+  }
+  template <class U>
+  const U* first_of(const View3& v, int64_t chunk) const {
+    return element<U>(v, outer_, chunk * kChunk, inner_);
+  }
+  static constexpr Storage kOwn = sizeof(T) == 8 ? Storage::kFloat64 : Storage::kFloat32;
+
+  bool plain(const View3& v) const { return v.storage == kOwn && v.column == 1 && !p_.where; }
+
+  // A chunk as numbers, `hidden` where the mask hides it: in place or in `scratch`.
+  const T* read(const View3& v, int64_t chunk, int n, T hidden, T* scratch) const {
+    if (plain(v)) return first_of<T>(v, chunk);
+    if (v.storage == kOwn)
+      gather(first_of<T>(v, chunk), v.column, n, scratch);
+    else if constexpr (sizeof(T) == 4) {
+      if (v.storage == Storage::kBfloat16)
+        gather(first_of<Bf16>(v, chunk), v.column, n, scratch);
+      else
+        gather(first_of<F16>(v, chunk), v.column, n, scratch);
+    }
+    hide(chunk, n, hidden, scratch);
+    return scratch;
+  }
+  static void gather(const T* from, int64_t step, int n, T* to) {
+    if (step == 1) std::memcpy(to, from, sizeof(T) * static_cast<size_t>(n));
+    for (int i = 0; step != 1 && i < n; i++) to[i] = from[i * step];
+  }
+  template <class X>
+  static void gather(const X* from, int64_t step, int n, T* to) {
+    if (step == 1) widen_row(from, n, to);
+    for (int i = 0; step != 1 && i < n; i++) to[i] = to_float(from[i * step]);
+  }
+  void hide(int64_t chunk, int n, T hidden, T* x) const {
+    if (!p_.where) return;
+    const uint8_t* seen = first_of<uint8_t>(p_.where, chunk);
+    for (int i = 0; i < n; i++)
+      if (!seen[i * p_.where.column]) x[i] = hidden;
+  }
+  const T* maybe(const View3& v, int64_t chunk, int n, T* scratch) const {
+    return v ? read(v, chunk, n, T{0}, scratch) : nullptr;
+  }
+  static TW_MEMBER Vec<T> some(const T* p, int j, int left) {
+    return p ? load_some(p + j, left, T{0}) : zero<T>();
+  }
+  const T* logits(int64_t chunk) {
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    return read(p_.x, chunk, width(chunk), kNone, kept_ ? x_ + chunk * kChunk : x_);
+  }
+
+  // p of a chunk, kept where the row is short.
+  const T* probabilities(int64_t chunk) {
+    T* p = kept_ ? weights_ + chunk * kChunk : weights_;
+    if (kept_ && chunk < known_) return p;
+    known_ = chunk + 1;
+    const T* x = logits(chunk);
+    const Vec<T> high = finite_max<T>(set1(m_));
+    each_register<T>(width(chunk), [&](int j, int, int left) __attribute__((always_inline)) {
+      store_some(p + j, left, exp_(load_some(x + j, left, T{0}) - high) * set1(inverse_));
+    });
+    return p;
+  }
+
+  template <class F>
+  static TW_MEMBER void add(int n, Lanes64<T>* sum, const F& f) {
+    each_register<T>(n, [&](int j, int u, int left)
+                            __attribute__((always_inline)) { sum->of[u] += f(j, left); });
+  }
+
+  // Writes f(column of the chunk, how many) to an array, `hidden` where the mask hides it.
+  template <class F>
+  TW_MEMBER void emit(const View3& v, int64_t chunk, int n, bool stream, T hidden, const F& f) {
+    const bool here = plain(v);
+    T* to = here ? const_cast<T*>(first_of<T>(v, chunk)) : out_;
+    int j = 0;
+    if (here && stream) j = emit_past_caches(n, to, f);
+    constexpr int W = kWidth<T>;
+    for (; j + 4 * W <= n; j += 4 * W)
+      TW_UNROLL for (int u = 0; u < 4; u++) store(to + j + u * W, f(j + u * W, W));
+    for (; j + W <= n; j += W) store(to + j, f(j, W));
+    if (j < n) store_some(to + j, n - j, f(j, n - j));
+    if (!here) scatter(v, chunk, n, hidden);
+  }
+  // Returns the first column that is left.
+  template <class F>
+  TW_MEMBER static int emit_past_caches([[maybe_unused]] int n, [[maybe_unused]] T* to,
+                                        [[maybe_unused]] const F& f) {
+    int j = 0;
+#if defined(TILEWISE_TARGET_AVX512)
+    const int ahead = static_cast<int>(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
+    if (ahead >= n) return 0;
+    if (ahead) store_some(to, ahead, f(0, ahead));
+    for (j = ahead; j + kWidth<T> <= n; j += kWidth<T>)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), (__m512i)f(j, kWidth<T>));
+#endif
+    return j;
+  }
+  void scatter(const View3& v, int64_t chunk, int n, T hidden) {
+    hide(chunk, n, hidden, out_);
+    if (v.storage == kOwn)
+      put(first_of<T>(v, chunk), v.column, n);
+    else if constexpr (sizeof(T) == 4) {
+      if (v.storage == Storage::kBfloat16)
+        put(first_of<Bf16>(v, chunk), v.column, n);
+      else
+        put(first_of<F16>(v, chunk), v.column, n);
+    }
+  }
+  template <class X>
+  void put(const X* at, int64_t step, int n) const {
+    X* to = const_cast<X*>(at);
+    if constexpr (std::is_same_v<X, T>) {
+      for (int i = 0; i < n; i++) to[i * step] = out_[i];
+    } else {
+      if (step == 1) narrow_row(out_, n, to);
+      for (int i = 0; step != 1 && i < n; i++) from_float(out_[i], to + i * step);
+    }
+  }
+
+  const SoftmaxProblem& p_;
+  const T scale_;
+  const Exp<T> exp_, exp1_;
+  const bool kept_;
+  int64_t outer_ = 0, inner_ = 0, known_ = 0;
+  bool empty_ = false;
+  T m_ = 0, l_ = 0, log_l_ = 0, inverse_ = 0, sink_ = 0, tsink_ = 0, c_ = 0, mu_ = 0, tc_ = 0;
+  T *x_ = nullptr, *weights_ = nullptr, *out_ = nullptr, *scratch_[4] = {};
+};
+
+#include "simd/end.hpp"
