@@ -126,7 +126,8 @@ def sanitized(session: nox.Session, kinds: str, library: str, options: dict[str,
     """Build the core with a sanitizer and run the tests marked `sanitize`."""
     # Only those modules are collected: PyTorch does not start under the sanitizers.
     marked = [str(path) for path in Path("tests").rglob("test_*.py") if MARK in path.read_text()]
-    install(session, *(name for name in extra("test") if name.startswith("pytest")), "numpy")
+    wanted = [name for name in extra("test") if name.startswith("pytest")]
+    install(session, *wanted, "numpy", *extra("bf16"))
     session.install(
         "-c",
         "constraints.txt",
