@@ -139,7 +139,8 @@ class Drawn:
 
 INPUTS = ("q", "k", "v", "bias", "sinks")
 # How often the error of rounding exact results, in bfloat16, where it is not twice: of three
-# numbers that error is luck, and the sums over all rows inherit what cancels in them. Both are fitted.
+# numbers that error is luck, and the sums over all rows inherit what cancels in
+# them. Both are fitted.
 TIMES = {"dsinks": 8.0, "tdsinks": 2.5}
 NARROW = {"o", "to", *(f"d{x}" for x in INPUTS), *(f"td{x}" for x in INPUTS)}
 
