@@ -50,6 +50,7 @@ __all__ = [
     "documents",
     "get_num_threads",
     "lengths",
+    "linear",
     "log_softmax",
     "logsumexp",
     "merge",
@@ -168,6 +169,24 @@ def logsumexp(x: Any, *axis: Any, **options: Any) -> Any:
         TypeError: No frontend knows the type of x.
     """
     return _frontend("logsumexp", x, "x").logsumexp(x, *axis, **options)
+
+
+def linear(x: Any, w: Any, bias: Any = None, **options: Any) -> Any:
+    """Compute `y = x w^T + bias` with the frontend of the array's own type.
+
+    Args:
+        x: `(..., C)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch tensor.
+        w: `(V, C)`, dtype of x.
+        bias: `(V,)`, dtype of x, or None.
+        **options: As in `tilewise.torch.linear`.
+
+    Returns:
+        y: `(..., V)`, dtype of x.
+
+    Raises:
+        TypeError: No frontend knows the type of x.
+    """
+    return _frontend("linear", x, "x").linear(x, w, bias, **options)
 
 
 def _frontend(operator: str, array: Any, name: str = "q") -> Any:

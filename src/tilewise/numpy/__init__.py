@@ -1,6 +1,7 @@
 """tilewise for NumPy arrays."""
 
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
+from tilewise.ops.linear.spec import LinearGrads
 from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
 from .attention import (
@@ -11,6 +12,7 @@ from .attention import (
     attention_vjp,
     attention_vjp_jvp,
 )
+from .linear import linear, linear_jvp, linear_vjp, linear_vjp_jvp
 from .softmax import (
     LogSoftmaxResult,
     SoftmaxResult,
@@ -32,6 +34,7 @@ from .varlen import (
 __all__ = [
     "AttentionGrads",
     "AttentionResult",
+    "LinearGrads",
     "LogSoftmaxResult",
     "OutputTangents",
     "RowStats",
@@ -49,6 +52,10 @@ __all__ = [
     "attention_varlen_vjp_jvp",
     "attention_vjp",
     "attention_vjp_jvp",
+    "linear",
+    "linear_jvp",
+    "linear_vjp",
+    "linear_vjp_jvp",
     "log_softmax",
     "logsumexp",
     "softmax",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import AttentionResult, attention
+from .linear import linear
 from .sdpa import replace_sdpa, scaled_dot_product_attention
 from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
 from .varlen import attention_varlen
@@ -13,6 +14,7 @@ __all__ = [
     "SoftmaxResult",
     "attention",
     "attention_varlen",
+    "linear",
     "log_softmax",
     "logsumexp",
     "replace_sdpa",
