@@ -152,8 +152,8 @@ def _accumulating(x: Tensor, w: Tensor, bias: Tensor | None, accumulator: Tensor
 def accumulate(accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
     """Add `dy^T x` to a tensor without a temporary of its size.
 
-    Where the dtypes are the same, that is one product of PyTorch. A float32 accumulator of 16 bits
-    is one on devices whose products do so; elsewhere x is widened, and dy by blocks of columns.
+    Where the dtypes are the same, that is one product of PyTorch. For an accumulator of more bits x
+    is widened, and dy by blocks of columns, so that products and sums are those of its dtype.
 
     Args:
         accumulator: `(V, C)`, contiguous.
@@ -162,9 +162,6 @@ def accumulate(accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
     """
     if accumulator.dtype is x.dtype:
         accumulator.addmm_(dy.mT, x)
-        return
-    if accumulator.dtype is torch.float32 and accumulator.is_cuda:
-        torch.addmm(accumulator, dy.mT, x, out_dtype=torch.float32, out=accumulator)
         return
     wide = x.to(accumulator.dtype)
     rows = max(_LEAST_ROWS, _WIDENED // max(1, len(dy)))
