@@ -26,7 +26,7 @@ from .ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 from .shared.softmax_state import SoftmaxState, merge
 
 if TYPE_CHECKING:
-    from . import numpy
+    from . import jacobian, numpy
     from .cache import KVCache, OutOfPages
     from .verify.gradients import verify_gradients
 
@@ -49,6 +49,7 @@ __all__ = [
     "dense",
     "documents",
     "get_num_threads",
+    "jacobian",
     "lengths",
     "linear",
     "log_softmax",
@@ -66,6 +67,7 @@ __all__ = [
 _LAZY = {
     "KVCache": ("tilewise.cache", "KVCache"),
     "OutOfPages": ("tilewise.cache", "OutOfPages"),
+    "jacobian": ("tilewise.jacobian", None),
     "numpy": ("tilewise.numpy", None),
     "torch": ("tilewise.torch", None),
     "verify": ("tilewise.verify", None),
