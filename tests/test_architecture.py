@@ -24,6 +24,8 @@ PLACES = {
         "tilewise.distributed",
         "tilewise.transformers",
         "tilewise.bench",
+        "tilewise.verify.flat",
+        "tilewise.verify.plain",
         "tilewise.verify.sweep",
         "tilewise.verify.tensors",
         "tilewise.verify.textbook",
