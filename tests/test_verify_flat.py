@@ -239,8 +239,9 @@ def test_yardstick_is_the_same_computation(operator: str) -> None:
             oracle = consult_flat(entry, problem)
         for name, error in oracle.plain.items():
             assert error < 1e-7, (case.name, name)
-            # Of softmax with logits of 1e4 next to nothing is left to be wrong.
-            assert oracle.noise[name] < 1e-9, (case.name, name)
+            # Where all but nothing cancels, no digit is sure.
+            if np.linalg.norm(oracle.truth[name]) > 1e-6:
+                assert oracle.noise[name] < 1e-9, (case.name, name)
 
 
 def test_names_of_cases_are_apart() -> None:

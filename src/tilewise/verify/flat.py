@@ -217,8 +217,8 @@ def consult_flat(entry: Entry, problem: FlatProblem) -> Oracle:
         noise[name] = float(np.hypot(min(size, _NOISE_CAP), _error(value + lost, value, name)))
     unit = unit_roundoff(wide)
     if stored == np.float64:
-        # The oracle rounds as well, in sums of as many terms as a dimension has.
-        unit *= 1 + math.sqrt(max([max(x.shape, default=1) for x in problem.arrays.values()]))
+        # The oracle rounds as well, in sums of sums of as many terms as a dimension has.
+        unit *= 1 + 2 * math.sqrt(max([max(x.shape, default=1) for x in problem.arrays.values()]))
     return Oracle(truth, plain, noise, unit, dtypes, dtypes, frozenset(vague))
 
 
@@ -284,7 +284,7 @@ def _moved(entry: Entry, exact: FlatProblem, unit: float) -> list[Results]:
 
         def move(name: str, x: Array) -> Array:
             if name in entry.exponents:
-                return off(x, 2 * _distance(x), 4 * scale)
+                return off(x, 2 * _distance(name, exact), 4 * scale)
             return off(x, 2 * x, 0) if x.dtype.kind == "f" else x
 
         def saved(name: str, x: Array) -> Array:
@@ -295,12 +295,20 @@ def _moved(entry: Entry, exact: FlatProblem, unit: float) -> list[Results]:
     return [of(seed) for seed in range(_DRAWS)]
 
 
-def _distance(x: Array) -> Array | float:
-    """Return how far finite logits `(A, C, I)` are from the largest of their row."""
+def _distance(name: str, exact: FlatProblem) -> Array | float:
+    """Return what the first operation on finite logits `(A, C, I)` rounds relative to.
+
+    That is the distance from the largest of the row, with its sink; with a soft cap, themselves.
+    """
+    x, options = exact.arrays[name], exact.case.options
+    if options.get("softcap") is not None:
+        return x
     if x.ndim != 3 or not x.size:
         return 0.0
-    finite = np.where(np.isfinite(x), x, -np.inf)
-    return np.where(np.isfinite(x), finite.max(axis=1, keepdims=True) - x, 0.0)
+    top = np.where(np.isfinite(x), x, -np.inf).max(axis=1, keepdims=True)
+    if "sink" in exact.arrays:
+        top = np.maximum(top, exact.arrays["sink"][:, None] * options["temperature"])
+    return np.where(np.isfinite(x), top - x, 0.0)
 
 
 def _same_bits(problem: FlatProblem, found: Results, implementation: str | None) -> Iterator[Check]:

@@ -72,7 +72,6 @@ def _logits(given: Given, x: Any, sink: Any) -> tuple[Any, Any, Any]:
     hidden = torch.zeros_like(x, dtype=torch.bool)
     if "where" in given:
         hidden = ~tensor_of(np.ascontiguousarray(given["where"])).expand(x.shape)
-    hidden = hidden | (x == -torch.inf)
     s = (x / given["temperature"]).masked_fill(hidden, -torch.inf)
     if sink is not None:
         s = torch.cat([s, sink[:, None]], 1)
