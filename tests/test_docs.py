@@ -18,6 +18,7 @@ RUNNABLE = [
     DOCS / "torch.md",
     DOCS / "cache.md",
     DOCS / "varlen.md",
+    DOCS / "jacobian.md",
     *(DOCS / "ops").glob("*.md"),
 ]
 

@@ -26,7 +26,7 @@ from .ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 from .shared.softmax_state import SoftmaxState, merge
 
 if TYPE_CHECKING:
-    from . import numpy
+    from . import jacobian, numpy
     from .cache import KVCache, OutOfPages
     from .verify.gradients import verify_gradients
 
@@ -50,7 +50,9 @@ __all__ = [
     "dense",
     "documents",
     "get_num_threads",
+    "jacobian",
     "lengths",
+    "linear",
     "log_softmax",
     "logsumexp",
     "merge",
@@ -66,6 +68,7 @@ __all__ = [
 _LAZY = {
     "KVCache": ("tilewise.cache", "KVCache"),
     "OutOfPages": ("tilewise.cache", "OutOfPages"),
+    "jacobian": ("tilewise.jacobian", None),
     "numpy": ("tilewise.numpy", None),
     "torch": ("tilewise.torch", None),
     "verify": ("tilewise.verify", None),
@@ -190,6 +193,24 @@ def logsumexp(x: Any, *axis: Any, **options: Any) -> Any:
         TypeError: No frontend knows the type of x.
     """
     return _frontend("logsumexp", x, "x").logsumexp(x, *axis, **options)
+
+
+def linear(x: Any, w: Any, bias: Any = None, **options: Any) -> Any:
+    """Compute `y = x w^T + bias` with the frontend of the array's own type.
+
+    Args:
+        x: `(..., C)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch tensor.
+        w: `(V, C)`, dtype of x.
+        bias: `(V,)`, dtype of x, or None.
+        **options: As in `tilewise.torch.linear`.
+
+    Returns:
+        y: `(..., V)`, dtype of x.
+
+    Raises:
+        TypeError: No frontend knows the type of x.
+    """
+    return _frontend("linear", x, "x").linear(x, w, bias, **options)
 
 
 def _frontend(operator: str, array: Any, name: str = "q") -> Any:

@@ -32,6 +32,10 @@ TABLE: dict[str, dict[str, str]] = {
     "softmax": _SOFTMAX,
     "log_softmax": _SOFTMAX,
     "logsumexp": _SOFTMAX,
+    "linear": {
+        "cpu": "tilewise.ops.linear.cpu",
+        "reference": "tilewise.ops.linear.reference",
+    },
 }
 """For each operator, the module of each implementation, best first."""
 

@@ -2,6 +2,7 @@
 
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 from tilewise.ops.cross_entropy.spec import EntropyGrads, EntropyStats, EntropyTangents
+from tilewise.ops.linear.spec import LinearGrads
 from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
 from .attention import (
@@ -19,6 +20,7 @@ from .cross_entropy import (
     cross_entropy_vjp,
     cross_entropy_vjp_jvp,
 )
+from .linear import linear, linear_jvp, linear_vjp, linear_vjp_jvp
 from .softmax import (
     LogSoftmaxResult,
     SoftmaxResult,
@@ -44,6 +46,7 @@ __all__ = [
     "EntropyGrads",
     "EntropyStats",
     "EntropyTangents",
+    "LinearGrads",
     "LogSoftmaxResult",
     "OutputTangents",
     "RowStats",
@@ -65,6 +68,10 @@ __all__ = [
     "cross_entropy_jvp",
     "cross_entropy_vjp",
     "cross_entropy_vjp_jvp",
+    "linear",
+    "linear_jvp",
+    "linear_vjp",
+    "linear_vjp_jvp",
     "log_softmax",
     "logsumexp",
     "softmax",

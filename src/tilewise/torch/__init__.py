@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import AttentionResult, attention
 from .cross_entropy import CrossEntropyResult, cross_entropy
+from .linear import linear
 from .sdpa import replace_sdpa, scaled_dot_product_attention
 from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
 from .varlen import attention_varlen
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "cross_entropy",
+    "linear",
     "log_softmax",
     "logsumexp",
     "replace_sdpa",
