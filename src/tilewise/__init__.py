@@ -50,6 +50,7 @@ __all__ = [
     "documents",
     "get_num_threads",
     "lengths",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "merge",
@@ -168,6 +169,28 @@ def logsumexp(x: Any, *axis: Any, **options: Any) -> Any:
         TypeError: No frontend knows the type of x.
     """
     return _frontend("logsumexp", x, "x").logsumexp(x, *axis, **options)
+
+
+def linear_cross_entropy(hidden: Any, weight: Any, targets: Any, **options: Any) -> Any:
+    """Compute the cross-entropy of a linear classifier, by the type of hidden.
+
+    Formula: `loss = lse - s_y` with `s = hidden weight^T`, which is not stored.
+
+    Args:
+        hidden: `(..., C)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch
+            tensor.
+        weight: `(V, C)`, dtype of hidden. A row for each class.
+        targets: `(...)`, integers from 0 to V - 1, or ignore_index.
+        **options: As in `tilewise.numpy.linear_cross_entropy`.
+
+    Returns:
+        The loss, or a NamedTuple where more was asked for.
+
+    Raises:
+        TypeError: No frontend knows the type of hidden.
+    """
+    frontend = _frontend("linear_cross_entropy", hidden, "hidden")
+    return frontend.linear_cross_entropy(hidden, weight, targets, **options)
 
 
 def _frontend(operator: str, array: Any, name: str = "q") -> Any:

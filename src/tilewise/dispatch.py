@@ -28,6 +28,10 @@ TABLE: dict[str, dict[str, str]] = {
     "softmax": _SOFTMAX,
     "log_softmax": _SOFTMAX,
     "logsumexp": _SOFTMAX,
+    "linear_cross_entropy": {
+        "cpu": "tilewise.ops.linear_cross_entropy.cpu",
+        "reference": "tilewise.ops.linear_cross_entropy.reference",
+    },
 }
 """For each operator, the module of each implementation, best first."""
 

@@ -1,6 +1,7 @@
 """tilewise for NumPy arrays."""
 
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
+from tilewise.ops.linear_cross_entropy.spec import LossGrads, LossStats
 from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
 from .attention import (
@@ -10,6 +11,14 @@ from .attention import (
     attention_jvp,
     attention_vjp,
     attention_vjp_jvp,
+)
+from .linear_cross_entropy import (
+    LinearCrossEntropyResult,
+    LossTangents,
+    linear_cross_entropy,
+    linear_cross_entropy_jvp,
+    linear_cross_entropy_vjp,
+    linear_cross_entropy_vjp_jvp,
 )
 from .softmax import (
     LogSoftmaxResult,
@@ -32,7 +41,11 @@ from .varlen import (
 __all__ = [
     "AttentionGrads",
     "AttentionResult",
+    "LinearCrossEntropyResult",
     "LogSoftmaxResult",
+    "LossGrads",
+    "LossStats",
+    "LossTangents",
     "OutputTangents",
     "RowStats",
     "SoftmaxGrads",
@@ -49,6 +62,10 @@ __all__ = [
     "attention_varlen_vjp_jvp",
     "attention_vjp",
     "attention_vjp_jvp",
+    "linear_cross_entropy",
+    "linear_cross_entropy_jvp",
+    "linear_cross_entropy_vjp",
+    "linear_cross_entropy_vjp_jvp",
     "log_softmax",
     "logsumexp",
     "softmax",

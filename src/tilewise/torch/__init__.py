@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from .attention import AttentionResult, attention
+from .linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
 from .sdpa import replace_sdpa, scaled_dot_product_attention
 from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
 from .varlen import attention_varlen
 
 __all__ = [
     "AttentionResult",
+    "LinearCrossEntropyResult",
     "LogSoftmaxResult",
     "SoftmaxResult",
     "attention",
     "attention_varlen",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "replace_sdpa",
