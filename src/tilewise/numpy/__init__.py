@@ -20,6 +20,13 @@ from .linear_cross_entropy import (
     linear_cross_entropy_vjp,
     linear_cross_entropy_vjp_jvp,
 )
+from .loss_shards import (
+    LossState,
+    MergedLoss,
+    linear_cross_entropy_shard,
+    linear_cross_entropy_shard_vjp,
+    merge_shards,
+)
 from .softmax import (
     LogSoftmaxResult,
     SoftmaxResult,
@@ -44,8 +51,10 @@ __all__ = [
     "LinearCrossEntropyResult",
     "LogSoftmaxResult",
     "LossGrads",
+    "LossState",
     "LossStats",
     "LossTangents",
+    "MergedLoss",
     "OutputTangents",
     "RowStats",
     "SoftmaxGrads",
@@ -64,10 +73,13 @@ __all__ = [
     "attention_vjp_jvp",
     "linear_cross_entropy",
     "linear_cross_entropy_jvp",
+    "linear_cross_entropy_shard",
+    "linear_cross_entropy_shard_vjp",
     "linear_cross_entropy_vjp",
     "linear_cross_entropy_vjp_jvp",
     "log_softmax",
     "logsumexp",
+    "merge_shards",
     "softmax",
     "softmax_jvp",
     "softmax_vjp",

@@ -151,7 +151,7 @@ def linear_cross_entropy(
         bias: `(V,)`, dtype of hidden, or float32 where that has 16 bits.
         ignore_index: The target of a token without a loss: it counts 0, also with all tokens.
         label_smoothing: From 0 to 1, the part of each target that all classes share.
-        z_loss: From 0 to 1e9, factor of `lse^2`.
+        z_loss: From 0 to 1e6, factor of `lse^2`.
         class_weight: `(V,)`, dtype of hidden, or float32 where that has 16 bits; finite. What each
             class counts. (`torch.nn.functional.cross_entropy` calls it `weight`.)
         softcap: From 1e-15 to 1e15, or None.

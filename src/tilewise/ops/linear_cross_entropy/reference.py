@@ -22,6 +22,7 @@ from .spec import (
     SecondCall,
     TangentCall,
     Want,
+    reached,
 )
 
 Array = NDArray[Any]
@@ -247,7 +248,7 @@ def _row(call: LossCall, stats: LossStats, *cotangents: CotangentCall | SecondCa
     if cotangents and isinstance(cotangents[0], CotangentCall):
         A = A if cotangents[0].mass is None else cotangents[0].mass.astype(np.float64)
     m, log_l = stats.m.astype(np.float64), stats.log_l.astype(np.float64)
-    live = _reached(call, *cotangents) if cotangents else np.ones(call.tokens, np.bool_)
+    live = reached(call, *cotangents) if cotangents else np.ones(call.tokens, np.bool_)
     log_p = (s - m[:, None]) - log_l[:, None]
     p = np.exp(log_p)
     surprise = np.where(p == 0, 0.0, p * (log_p - _weighted(p, log_p)[:, None]))
@@ -264,20 +265,6 @@ def _row(call: LossCall, stats: LossStats, *cotangents: CotangentCall | SecondCa
         steepness=np.where(live, A + 2 * call.z_loss * (m + log_l), 0.0),
         live=live,
     )
-
-
-def _reached(call: LossCall, *given: CotangentCall | SecondCall) -> NDArray[np.bool_]:
-    """Return which tokens have a cotangent, or a tangent of one, that is not 0."""
-    found = np.zeros(call.tokens, np.bool_)
-    for part in given:
-        if isinstance(part, CotangentCall):
-            rows = part.dloss, part.dlse, part.dentropy
-        else:
-            rows = part.tdloss, part.tdlse, part.tdentropy
-        for row in rows:
-            if row is not None:
-                found |= row != 0
-    return found
 
 
 def _logit_cotangents(

@@ -25,6 +25,7 @@ from .calls import (
     SecondCall,
     TangentCall,
     Want,
+    reached,
 )
 from .checks import (
     PROBABILITIES,
@@ -67,4 +68,5 @@ __all__ = [
     "prepare",
     "prepare_jvp",
     "prepare_vjp",
+    "reached",
 ]

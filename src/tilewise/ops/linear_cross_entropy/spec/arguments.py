@@ -32,7 +32,8 @@ CLASS_WEIGHT = Argument(
 LABEL_SMOOTHING = Number(
     "label_smoothing", 0.0, 1.0, "the part of the target that all classes share"
 )
-Z_LOSS = Number("z_loss", 0.0, 1e9, "factor of lse^2, which is added to the loss")
+# The squares of float32 logits up to 1e15 stay finite.
+Z_LOSS = Number("z_loss", 0.0, 1e6, "factor of lse^2, which is added to the loss")
 # Inside this range softcap and what is computed from it stay normal numbers in float32.
 SOFTCAP = Number("softcap", 1e-15, 1e15, "c: a logit z becomes c tanh(z / c)")
 GRADIENT_FILTER = Number(

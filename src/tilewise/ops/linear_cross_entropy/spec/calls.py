@@ -262,3 +262,20 @@ class SecondCall:
     tdloss: Array | None
     tdlse: Array | None
     tdentropy: Array | None
+
+
+def reached(call: LossCall, *given: CotangentCall | SecondCall) -> NDArray[np.bool_]:
+    """Return which tokens have a cotangent, or a tangent of one, that is not 0.
+
+    The others have no part in gradients, whatever their hidden states hold.
+    """
+    found = np.zeros(call.tokens, np.bool_)
+    for part in given:
+        if isinstance(part, CotangentCall):
+            rows = part.dloss, part.dlse, part.dentropy
+        else:
+            rows = part.tdloss, part.tdlse, part.tdentropy
+        for row in rows:
+            if row is not None:
+                found |= row != 0
+    return found
