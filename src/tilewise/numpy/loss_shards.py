@@ -224,7 +224,7 @@ def _shard(
     return Problem(hidden, weight, targets, reduction="none", **given), implementation
 
 
-def _checked(states: Sequence[LossState], targets: NDArray[np.integer[Any]]) -> list[LossState]:
+def _checked(states: Sequence[Any], targets: NDArray[np.integer[Any]]) -> list[LossState]:
     parts = list(states)
     if not parts:
         raise value_error("merge_shards", "states", "have at least one part", "none")

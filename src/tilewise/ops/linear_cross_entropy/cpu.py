@@ -37,8 +37,8 @@ def forward(call: LossCall, want: Want) -> LossOutputs:
     entropy = at.rows() if want.entropy else None
     picked, mass = (at.rows() if want.picked else None for _ in range(2))
     argmax = np.empty(at.call.tokens, np.int64) if want.argmax else None
-    found = {"loss": loss, "m": m, "log_l": log_l, "entropy": entropy, "argmax": argmax}
-    found |= {"picked": picked, "mass": mass}
+    found: dict[str, Any] = {"loss": loss, "m": m, "log_l": log_l, "entropy": entropy}
+    found |= {"argmax": argmax, "picked": picked, "mass": mass}
     grads = LossGrads()
     if want.gradients is not None:
         grads = at.gradients(want.gradients)
@@ -48,8 +48,11 @@ def forward(call: LossCall, want: Want) -> LossOutputs:
     return LossOutputs(
         at.back(loss),
         LossStats(at.back(m), at.back(log_l)),
-        *[None if x is None else at.back(x) for x in (entropy, argmax, picked, mass)],
-        grads=at.whole(grads),
+        at.maybe(entropy),
+        at.maybe(argmax),
+        at.maybe(picked),
+        at.maybe(mass),
+        at.whole(grads),
     )
 
 
@@ -70,8 +73,7 @@ def jvp(call: LossCall, tangents: TangentCall) -> RowTangents:
     tentropy = None if tangents.entropy is None else at.rows()
     given |= {"entropy": at.take(tangents.entropy), "tentropy": tentropy}
     at.run(_core.linear_cross_entropy_jvp, {**given, "tloss": tloss, "tlse": tlse})
-    moved = None if tentropy is None else at.back(tentropy)
-    return RowTangents(at.back(tloss), at.back(tlse), moved)
+    return RowTangents(at.back(tloss), at.back(tlse), at.maybe(tentropy))
 
 
 def vjp_jvp(call: LossCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> LossGrads:
@@ -118,6 +120,10 @@ class _Tokens:
         whole = np.zeros((self._whole.tokens, *x.shape[1:]), x.dtype)
         whole[self._at] = x
         return whole
+
+    def maybe(self, x: Array | None) -> Array | None:
+        """Return the rows of all tokens where there are any."""
+        return None if x is None else self.back(x)
 
     def rows(self) -> Array:
         """Return memory for one number a token."""
