@@ -1,6 +1,7 @@
 """tilewise for NumPy arrays."""
 
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
+from tilewise.ops.cross_entropy.spec import EntropyGrads, EntropyStats, EntropyTangents
 from tilewise.ops.linear_cross_entropy.spec import LossGrads, LossStats
 from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
@@ -11,6 +12,13 @@ from .attention import (
     attention_jvp,
     attention_vjp,
     attention_vjp_jvp,
+)
+from .cross_entropy import (
+    CrossEntropyResult,
+    cross_entropy,
+    cross_entropy_jvp,
+    cross_entropy_vjp,
+    cross_entropy_vjp_jvp,
 )
 from .linear_cross_entropy import (
     LinearCrossEntropyResult,
@@ -48,6 +56,10 @@ from .varlen import (
 __all__ = [
     "AttentionGrads",
     "AttentionResult",
+    "CrossEntropyResult",
+    "EntropyGrads",
+    "EntropyStats",
+    "EntropyTangents",
     "LinearCrossEntropyResult",
     "LogSoftmaxResult",
     "LossGrads",
@@ -71,6 +83,10 @@ __all__ = [
     "attention_varlen_vjp_jvp",
     "attention_vjp",
     "attention_vjp_jvp",
+    "cross_entropy",
+    "cross_entropy_jvp",
+    "cross_entropy_vjp",
+    "cross_entropy_vjp_jvp",
     "linear_cross_entropy",
     "linear_cross_entropy_jvp",
     "linear_cross_entropy_shard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import AttentionResult, attention
+from .cross_entropy import CrossEntropyResult, cross_entropy
 from .linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
 from .sdpa import replace_sdpa, scaled_dot_product_attention
 from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
@@ -10,11 +11,13 @@ from .varlen import attention_varlen
 
 __all__ = [
     "AttentionResult",
+    "CrossEntropyResult",
     "LinearCrossEntropyResult",
     "LogSoftmaxResult",
     "SoftmaxResult",
     "attention",
     "attention_varlen",
+    "cross_entropy",
     "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
