@@ -32,7 +32,25 @@ Array = NDArray[Any]
 
 def forward(call: LossCall, want: Want) -> LossOutputs:
     """Compute the losses, the row statistics and the other results that are wanted."""
-    at = _Tokens(call, None if want.ignored else call.kept)
+    if not want.ignored:
+        return _forward(call, want, call.kept)
+    if want.gradients is None or call.kept.all():
+        return _forward(call, want, None)
+    # An ignored token has results, but nothing that it holds may reach a gradient.
+    kept = _forward(call, want, call.kept)
+    rest = _forward(call, replace(want, gradients=None), ~call.kept)
+    stats = (np.where(call.kept, a, b) for a, b in zip(kept.stats, rest.stats, strict=True))
+    rows = {
+        name: np.where(call.kept, getattr(kept, name), getattr(rest, name))
+        for name in ("entropy", "argmax", "picked", "mass")
+        if getattr(kept, name) is not None
+    }
+    return kept._replace(stats=LossStats(*stats), **rows)
+
+
+def _forward(call: LossCall, want: Want, keep: NDArray[np.bool_] | None) -> LossOutputs:
+    """Compute what is wanted of some tokens."""
+    at = _Tokens(call, keep)
     loss, m, log_l = at.rows(), at.rows(), at.rows()
     entropy = at.rows() if want.entropy else None
     picked, mass = (at.rows() if want.picked else None for _ in range(2))
@@ -98,6 +116,9 @@ class _Tokens:
     Attributes:
         call: The call of these tokens alone.
     """
+
+    # What a kernel writes of the classes, whether or not there is a token.
+    _OF_CLASSES = frozenset({"dweight", "dbias", "tdweight", "tdbias"})
 
     def __init__(self, call: LossCall, keep: NDArray[np.bool_] | None) -> None:
         self._whole = call
@@ -170,6 +191,11 @@ class _Tokens:
     def run(self, function: Any, arrays: dict[str, Any]) -> None:
         """Call a kernel with the inputs, the options and other arrays."""
         call = self.call
+        if call.tokens == 0:
+            for name in self._OF_CLASSES & arrays.keys():
+                if arrays[name] is not None:
+                    arrays[name][...] = 0
+            return
         given = {
             **arrays,
             "hidden": call.hidden,
