@@ -242,7 +242,12 @@ def _differentiable(
     kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
 ) -> Tensors:
     """Call an op from within a graph."""
-    out: Tensors = Door.apply(kernel, options, needed, *tensors)
+    out: Tensors
+    if kernel.operator.kept_gradients:
+        # A graph has all results, also those that the shortest way hands over later.
+        out = super(Door, Door).apply(kernel, options, needed, *tensors)
+    else:
+        out = Door.apply(kernel, options, needed, *tensors)
     return out
 
 
