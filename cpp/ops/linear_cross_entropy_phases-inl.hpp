@@ -176,8 +176,9 @@ class LinearCrossEntropyPhases {
     });
 #if defined(TW_HAS_PAIRS)
     if constexpr (kPairs<E>)
-      each_task(threads_, tokens.panels(),
-                [&](int, int64_t p) { add_lost_of_hidden(tokens, span, static_cast<int>(p)); });
+      if (parts_of(p_.dhidden) == 1)
+        each_task(threads_, tokens.panels(),
+                  [&](int, int64_t p) { add_lost_of_hidden(tokens, span, static_cast<int>(p)); });
 #endif
   }
 
