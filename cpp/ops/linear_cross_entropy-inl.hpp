@@ -22,7 +22,7 @@ template <class E>
 Cuts cuts_of(const LinearCrossEntropyProblem& p, CrossEntropyKind kind) {
   using T = Acc<E>;
   auto whole = [](int64_t n, int64_t of) { return std::max<int64_t>(1, (n + of - 1) / of) * of; };
-  const bool in_place = !p.dweight || p.dweight.storage == storage_of_numbers<T>();
+  const bool in_place = !p.dweight || p.dweight.storage == kStorageOf<T>;
   Cuts cuts;
   cuts.stored = kind == CrossEntropyKind::kForward && (p.dhidden || p.dweight || p.dbias) &&
                 in_place && p.options.vocab_chunk == 0;

@@ -75,9 +75,10 @@ class LinearCrossEntropyPhases {
     place_packed(arena, &thidden_, bool(p_.thidden));
     bias_ = arena.take<T>(own(p_.bias) ? 0 : p_.V);
     tbias_ = arena.take<T>(own(p_.tbias) ? 0 : p_.V);
-    const bool of_weight = kPairs<E> && p_.dweight, of_hidden = kPairs<E> && p_.dhidden;
-    weight_image_ = arena.take<E>(of_weight ? logits_size() / kFold<E> : 0);
-    hidden_image_ = arena.take<E>(of_hidden ? logits_size() / kFold<E> : 0);
+    for (int part = 0; part < parts_of(p_.dweight); part++)
+      weight_image_[part] = arena.take<E>(logits_size() / kFold<E>);
+    for (int part = 0; part < parts_of(p_.dhidden); part++)
+      hidden_image_[part] = arena.take<E>(logits_size() / kFold<E>);
     dhidden_ = arena.take<T>(own(p_.dhidden) ? 0 : p_.T * p_.C);
     dweight_ = arena.take<T>(own(p_.dweight) ? 0 : classes_ * p_.C);
     dbias_ = arena.take<T>(own(p_.dbias) ? 0 : p_.V);
@@ -175,8 +176,9 @@ class LinearCrossEntropyPhases {
     });
 #if defined(TW_HAS_PAIRS)
     if constexpr (kPairs<E>)
-      each_task(threads_, tokens.panels(),
-                [&](int, int64_t p) { add_lost_of_hidden(tokens, span, static_cast<int>(p)); });
+      if (parts_of(p_.dhidden) == 1)
+        each_task(threads_, tokens.panels(),
+                  [&](int, int64_t p) { add_lost_of_hidden(tokens, span, static_cast<int>(p)); });
 #endif
   }
 
@@ -194,7 +196,7 @@ class LinearCrossEntropyPhases {
  private:
   // --- Where things are -------
 
-  static bool own(const Matrix& x) { return !x || x.storage == storage_of_numbers<T>(); }
+  static bool own(const Matrix& x) { return !x || x.storage == kStorageOf<T>; }
   static T* data(const Matrix& x) { return static_cast<T*>(const_cast<void*>(x.data)); }
   int64_t dhidden_ld() const { return own(p_.dhidden) ? p_.dhidden.row : p_.C; }
   E* scratch(int slot) const { return scratch_ + slot * scratch_size_; }
@@ -202,8 +204,16 @@ class LinearCrossEntropyPhases {
   U* at(U* logits, int panel, int row) const {
     return logits + (panel * classes_ + row) * kPanel;
   }
+  // How many pairs a gradient is rounded to: what is not rounded in the end keeps 16 bits.
+  static int parts_of(const Matrix& gradient) {
+    if (!kPairs<E> || !gradient) return 0;
+    return gradient.storage == Storage::kBfloat16 ? 1 : 2;
+  }
   int64_t weight_image_at(int panel, int row) const {
     return (panel * classes_ + row) * kPanelElements<E>;
+  }
+  int64_t hidden_image_at(int panel, int row) const {
+    return (panel * classes_ + row) / kFold<E> * kPanel;
   }
   LogitTile<T> tile(T* s, const Tokens& tokens, const Span<T>& span, int panel, int row,
                     int count) const {
@@ -352,16 +362,21 @@ class LinearCrossEntropyPhases {
     bool set = tokens.first == 0 && !(here && p_.options.accumulate_dweight);
     each_term(span, [&](const Term& term) {
       if (!term.hidden->blocks || (term.hidden == &thidden_ && !p_.thidden)) return;
-      const E* dz = kPairs<E> ? weight_image_ + weight_image_at(0, first)
-                              : reinterpret_cast<const E*>(at(term.s, 0, first));
-      for (int64_t b = 0; b < blocks_; b++)
-        add_weight_gradient<E>(dz, classes_ * kPanelElements<E>, count, tokens.panels(),
-                               term.hidden->blocks + b * panels_ * kPanelElements<E> * kW,
-                               block_columns(b), set, to + b * kW, ld);
+      const int64_t next = classes_ * kPanelElements<E>;
+      for (int64_t b = 0; b < blocks_; b++) {
+        const E* hidden = term.hidden->blocks + b * panels_ * kPanelElements<E> * kW;
+        for (int part = 0; part < std::max(1, parts_of(p_.dweight)); part++) {
+          const E* dz = kPairs<E> ? weight_image_[part] + weight_image_at(0, first)
+                                  : reinterpret_cast<const E*>(at(term.s, 0, first));
+          add_weight_gradient<E>(dz, next, count, tokens.panels(), hidden, block_columns(b),
+                                 set && part == 0, to + b * kW, ld);
+        }
+      }
       set = false;
     });
 #if defined(TW_HAS_PAIRS)
-    if constexpr (kPairs<E>) add_lost_of_weight(tokens, span, first, count, to, ld);
+    if constexpr (kPairs<E>)
+      if (parts_of(p_.dweight) == 1) add_lost_of_weight(tokens, span, first, count, to, ld);
 #endif
     if (here || !last) return;
     for (int i = 0; i < count; i++) store_weight_row(v + i, to + i * ld);
@@ -408,35 +423,42 @@ class LinearCrossEntropyPhases {
       const int count = std::min(kChainClasses, span.count - i);
       pack_weight_block(*term.weight, span.first + i, count, block, weights);
       each_panel(tokens, [&](int p) {
-        const E* dz = kPairs<E> ? hidden_image_ + (p * classes_ + i) / kFold<E> * kPanel
-                                : reinterpret_cast<const E*>(at(term.s, p, i));
         T* to = dhidden_ + (tokens.first + p * kPanel) * dhidden_ld() + block * kW;
-        add_hidden_gradient<E>(dz, std::min(kPanel, tokens.count - p * kPanel), weights,
-                               (count + kFold<E> - 1) / kFold<E>, block_columns(block), to,
-                               dhidden_ld());
+        for (int part = 0; part < std::max(1, parts_of(p_.dhidden)); part++) {
+          const E* dz = kPairs<E> ? hidden_image_[part] + hidden_image_at(p, i)
+                                  : reinterpret_cast<const E*>(at(term.s, p, i));
+          add_hidden_gradient<E>(dz, std::min(kPanel, tokens.count - p * kPanel), weights,
+                                 (count + kFold<E> - 1) / kFold<E>, block_columns(block), to,
+                                 dhidden_ld());
+        }
       });
     }
   }
 
 #if defined(TW_HAS_PAIRS)
-  // --- Gradients rounded to pairs, over tokens for dW and over classes for dh. Of large entries
-  // what is lost is added as it is: at most some tens a token --------
+  // --- Gradients rounded to pairs, over tokens for dW and over classes for dh. Where there is one
+  // part, what large entries lose is added as it is: at most some tens a token --------
+
+  // What is left of x for the parts after the first.
+  static TW_MEMBER VecF part_of(VecF x, int part) { return part == 0 ? x : x - rounded_to_bf16(x); }
 
   void make_images(const T* dz, int panel, int first, int count) {
-    for (int i = 0; i < count; i++) {
-      const T* row = dz + i * kPanel;
-      if (weight_image_ && p_.dweight) {
-        Bf16* to = reinterpret_cast<Bf16*>(weight_image_ + weight_image_at(panel, first + i));
-        TW_UNROLL for (int n = 0; n < kPanelGroups; n++)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n * kGroup),
-                                (__m256i)_mm512_cvtneps_pbh((__m512)load(row + n * kGroup)));
+    for (int part = 0; part < parts_of(p_.dweight); part++) {
+      Bf16* to = reinterpret_cast<Bf16*>(weight_image_[part] + weight_image_at(panel, first));
+      for (int i = 0; i < count * kPanelGroups; i++) {
+        const VecF x = part_of(load(dz + i * kGroup), part);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * kGroup),
+                            (__m256i)_mm512_cvtneps_pbh((__m512)x));
       }
-      if (!p_.dhidden || i % 2) continue;
-      E* to = hidden_image_ + (panel * classes_ + first + i) / 2 * kPanel;
-      TW_UNROLL for (int n = 0; n < kPanelGroups; n++) {
-        const VecF next = i + 1 < count ? load(row + kPanel + n * kGroup) : zero<T>();
-        store_pairs(to + n * kGroup, load(row + n * kGroup), next);
-      }
+    }
+    for (int part = 0; part < parts_of(p_.dhidden); part++) {
+      E* to = hidden_image_[part] + hidden_image_at(panel, first);
+      for (int i = 0; i < count; i += 2, to += kPanel)
+        TW_UNROLL for (int n = 0; n < kPanelGroups; n++) {
+          const T* row = dz + i * kPanel + n * kGroup;
+          const VecF next = i + 1 < count ? load(row + kPanel) : zero<T>();
+          store_pairs(to + n * kGroup, part_of(load(row), part), part_of(next, part));
+        }
     }
   }
 
@@ -493,7 +515,7 @@ class LinearCrossEntropyPhases {
   const int64_t classes_;
   TokenNumbers<T> tokens_;
   PackedTokens hidden_, thidden_;
-  E *weight_image_ = nullptr, *hidden_image_ = nullptr, *scratch_ = nullptr;
+  E *weight_image_[2] = {}, *hidden_image_[2] = {}, *scratch_ = nullptr;
   T *bias_ = nullptr, *tbias_ = nullptr, *dhidden_ = nullptr, *dweight_ = nullptr,
     *dbias_ = nullptr;
   int64_t scratch_size_ = 0;

@@ -1,6 +1,7 @@
 // The numbers of all tokens of a call: what they start from, and what the caller gets.
 #pragma once
 #include "ops/cross_entropy_lanes-inl.hpp"
+#include "ops/rows-inl.hpp"
 
 #include "simd/begin.hpp"
 
