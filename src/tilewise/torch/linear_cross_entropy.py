@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
 from tilewise.base.dims import Sizes
-from tilewise.base.dtypes import FLOATS, NARROW, listed
+from tilewise.base.dtypes import NARROW
 from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.ops.linear_cross_entropy.record import FLAT
 from tilewise.ops.linear_cross_entropy.spec import (
@@ -29,11 +29,10 @@ from tilewise.ops.linear_cross_entropy.spec import (
 )
 
 from .autodiff import forward, register
-from .checks import autocast, shown
+from .checks import autocast, check_device, check_first, shown
 
 register(FLAT)
 
-_DTYPES = tuple([getattr(torch, name) for name in FLOATS])
 _NARROW = tuple([getattr(torch, name) for name in NARROW])
 # PyTorch 2.6 may lack it.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -230,9 +229,7 @@ def _check(hidden: Any, weight: Any, bias: Any, targets: Any, class_weight: Any)
         raise unsupported(NAME, PROBABILITIES)
     if targets.dtype not in _INTEGERS:
         raise type_error(NAME, "targets", "have an integer dtype up to int64", shown(targets.dtype))
-    if targets.device != hidden.device:
-        requirement = f"be on {hidden.device} (as hidden)"
-        raise value_error(NAME, "targets", requirement, str(targets.device))
+    check_device(NAME, "targets", targets, hidden, "hidden")
     if hidden.ndim == 0:
         raise value_error(NAME, "hidden", "have shape (..., C)", ())
     sizes = Sizes(NAME, LIMITS)
@@ -248,9 +245,10 @@ def _check(hidden: Any, weight: Any, bias: Any, targets: Any, class_weight: Any)
 
 def _check_tensors(**tensors: Any) -> None:
     """Check kinds, dtypes and devices; the first tensor settles them."""
-    first: Any = None
+    first = tensors.pop("hidden")
+    check_first(NAME, "hidden", first)
     for name, tensor in tensors.items():
-        optional = name not in ("hidden", "weight")
+        optional = name != "weight"
         if tensor is None and optional:
             continue
         if not isinstance(tensor, Tensor):
@@ -258,23 +256,12 @@ def _check_tensors(**tensors: Any) -> None:
         if tensor.is_nested or tensor.layout is not torch.strided:
             got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
             raise type_error(NAME, name, "be a dense tensor", got)
-        if first is None:
-            first = tensor
-            if tensor.dtype not in _DTYPES:
-                got = shown(tensor.dtype)
-                raise type_error(NAME, name, f"have dtype {listed(FLOATS)}", got)
-            if not tensor.is_cpu and tensor.device.type != "meta":
-                raise unsupported(
-                    NAME, f"there is no implementation for device {tensor.device} yet"
-                )
         wider = optional and first.dtype in _NARROW
         if tensor.dtype is not first.dtype and not (wider and tensor.dtype is torch.float32):
             requirement = f"have dtype {shown(first.dtype)} (from hidden)"
             requirement += " or float32" if wider else ""
             raise type_error(NAME, name, requirement, shown(tensor.dtype))
-        if tensor.device != first.device:
-            requirement = f"be on {first.device} (as hidden)"
-            raise value_error(NAME, name, requirement, str(tensor.device))
+        check_device(NAME, name, tensor, first, "hidden")
 
 
 def _shifted(targets: Tensor, shift: int, ignore_index: int) -> Tensor:
