@@ -222,6 +222,9 @@ class Logits:
     def __len__(self) -> int:
         return len(self.tensor())
 
+    def __hash__(self) -> int:
+        return id(self)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -237,6 +240,21 @@ class Logits:
             return args[0].tanh()
         tree = torch.utils._pytree.tree_map(_tensor_of, (args, kwargs or {}))
         return function(*tree[0], **tree[1])
+
+
+def _applied(name: str) -> Callable[..., Any]:
+    def method(self: Logits, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*map(_tensor_of, args))
+
+    return method
+
+
+# Python looks these up in the class; what is not listed here or above is no operator of a tensor.
+_ARITHMETIC = ("add", "sub", "matmul", "pow", "floordiv", "mod")
+_OPERATORS = [f"{side}{name}" for name in _ARITHMETIC for side in ("", "r")]
+_OPERATORS += ["rtruediv", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "iter", "float", "int"]
+for _name in _OPERATORS:
+    setattr(Logits, f"__{_name}__", _applied(f"__{_name}__"))
 
 
 def _tensor_of(x: Any) -> Any:
