@@ -69,7 +69,7 @@ class Call {
     if (x.ndim() != 2 || static_cast<int64_t>(x.shape(0)) != rows ||
         static_cast<int64_t>(x.shape(1)) != columns)
       refuse(name, "has another shape than the call");
-    if (columns > 1 && x.stride(1) != 1) refuse(name, "must have contiguous rows");
+    if (rows > 0 && columns > 1 && x.stride(1) != 1) refuse(name, "must have contiguous rows");
     return {x.data(), x.stride(0), storage_of(x, name)};
   }
   template <class A>

@@ -204,6 +204,24 @@ TW_NOINLINE void put_gradients(const LogitTile<T>& tile, const GradientForm<T>& 
   }
 }
 
+// Which classes of a tile have an entry other than zero: a bit for each `step` of them.
+template <class T>
+TW_NOINLINE uint32_t filled_classes(const T* dz, int classes, int step) {
+  uint32_t filled = 0;
+  for (int first = 0, bit = 0; first < classes; first += step, bit++) {
+    const T* end = dz + int64_t{std::min(first + step, classes)} * kPanel;
+    Vec<T> top = zero<T>();
+    bool nan = false;
+    for (const T* at = dz + int64_t{first} * kPanel; at < end; at += kWidth<T>) {
+      top = max(top, abs(load(at)));
+      nan |= any(unordered(load(at)));
+    }
+    for (int i = 0; i < kWidth<T>; i++) nan |= top[i] > 0;
+    if (nan) filled |= 1u << bit;
+  }
+  return filled;
+}
+
 // Adds to mu, tau and nu.
 template <class T>
 TW_NOINLINE void add_tangent_sums(const LogitTile<T>& tile, const T* ts, const TokenLanes<T>& of) {

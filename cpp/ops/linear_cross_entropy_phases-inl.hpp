@@ -10,6 +10,8 @@
 #include "simd/begin.hpp"
 
 constexpr int kTileClasses = kChainClasses / 2;  // classes of a task
+constexpr int kTileBits = kTileClasses / kFilledClasses;
+static_assert(kTileBits <= 16 && kTileClasses % kFilledClasses == 0);
 
 struct Tokens {
   int64_t first;
@@ -82,6 +84,9 @@ class LinearCrossEntropyPhases {
     dhidden_ = arena.take<T>(own(p_.dhidden) ? 0 : p_.T * p_.C);
     dweight_ = arena.take<T>(own(p_.dweight) ? 0 : classes_ * p_.C);
     dbias_ = arena.take<T>(own(p_.dbias) ? 0 : p_.V);
+    const bool filter = p_.options.gradient_filter > 0;
+    filled_ = arena.take<uint16_t>(filter ? panels_ * classes_ / kTileClasses : 0);
+    if (!filter) filled_ = nullptr;
     scratch_size_ = (kTileClasses * elements_ + kChainClasses * kW + 63) / 64 * 64;
     scratch_ = arena.take<E>(threads_ * scratch_size_);
   }
@@ -203,6 +208,10 @@ class LinearCrossEntropyPhases {
   template <class U>
   U* at(U* logits, int panel, int row) const {
     return logits + (panel * classes_ + row) * kPanel;
+  }
+  // Of a tile of a panel, the first of whose classes is `row` of the span.
+  uint16_t* filled_at(int panel, int row) const {
+    return filled_ + (panel * classes_ + row) / kTileClasses;
   }
   // How many pairs a gradient is rounded to: what is not rounded in the end keeps 16 bits.
   static int parts_of(const Matrix& gradient) {
@@ -334,6 +343,9 @@ class LinearCrossEntropyPhases {
                                tokens_.lanes());
     else
       put_gradients<T>(here, tokens_.form(), tokens_.plain(), tokens_.lanes());
+    if (filled_)
+      *filled_at(panel, first) =
+          static_cast<uint16_t>(filled_classes<T>(here.s, count, kFilledClasses));
 #if defined(TW_HAS_PAIRS)
     if constexpr (kPairs<E>) make_images(here.s, panel, first, count);
 #endif
@@ -363,12 +375,15 @@ class LinearCrossEntropyPhases {
     each_term(span, [&](const Term& term) {
       if (!term.hidden->blocks || (term.hidden == &thidden_ && !p_.thidden)) return;
       const int64_t next = classes_ * kPanelElements<E>;
+      auto filled = [&](int p) __attribute__((always_inline)) {
+        return filled_ ? *filled_at(p, first) : kAllFilled;
+      };
       for (int64_t b = 0; b < blocks_; b++) {
         const E* hidden = term.hidden->blocks + b * panels_ * kPanelElements<E> * kW;
         for (int part = 0; part < std::max(1, parts_of(p_.dweight)); part++) {
           const E* dz = kPairs<E> ? weight_image_[part] + weight_image_at(0, first)
                                   : reinterpret_cast<const E*>(at(term.s, 0, first));
-          add_weight_gradient<E>(dz, next, count, tokens.panels(), hidden, block_columns(b),
+          add_weight_gradient<E>(dz, next, count, tokens.panels(), filled, hidden, block_columns(b),
                                  set && part == 0, to + b * kW, ld);
         }
       }
@@ -424,12 +439,14 @@ class LinearCrossEntropyPhases {
       pack_weight_block(*term.weight, span.first + i, count, block, weights);
       each_panel(tokens, [&](int p) {
         T* to = dhidden_ + (tokens.first + p * kPanel) * dhidden_ld() + block * kW;
+        const uint32_t filled =
+            filled_ ? filled_at(p, i)[0] | uint32_t{filled_at(p, i)[1]} << kTileBits : kAllFilled;
         for (int part = 0; part < std::max(1, parts_of(p_.dhidden)); part++) {
           const E* dz = kPairs<E> ? hidden_image_[part] + hidden_image_at(p, i)
                                   : reinterpret_cast<const E*>(at(term.s, p, i));
           add_hidden_gradient<E>(dz, std::min(kPanel, tokens.count - p * kPanel), weights,
-                                 (count + kFold<E> - 1) / kFold<E>, block_columns(block), to,
-                                 dhidden_ld());
+                                 (count + kFold<E> - 1) / kFold<E>, filled, block_columns(block),
+                                 to, dhidden_ld());
         }
       });
     }
@@ -519,6 +536,7 @@ class LinearCrossEntropyPhases {
   T *bias_ = nullptr, *tbias_ = nullptr, *dhidden_ = nullptr, *dweight_ = nullptr,
     *dbias_ = nullptr;
   int64_t scratch_size_ = 0;
+  uint16_t* filled_ = nullptr;  // what is other than zero, where small gradients are left out
 };
 
 #include "simd/end.hpp"
