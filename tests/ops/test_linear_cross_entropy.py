@@ -22,6 +22,7 @@ from tilewise.numpy import (
     linear_cross_entropy_vjp_jvp,
     merge_shards,
 )
+from tilewise.ops.linear_cross_entropy.spec import error_bound
 
 Array = NDArray[Any]
 F64 = np.dtype(np.float64)
@@ -443,6 +444,41 @@ def test_gradients_are_as_exact_as_those_of_float32(dtype: np.dtype[Any]) -> Non
         error, theirs = (np.linalg.norm(wide(g) - right) for g in (mine, rounded))
         size = np.linalg.norm(right)
         assert error <= 1.05 * theirs + unit_roundoff(F32) * size, (error / size, theirs / size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_bound_holds(implementation: str, dtype: np.dtype[Any]) -> None:
+    """Magnitudes are the formulas over absolute values."""
+    tokens, width, classes = sizes = (23, 31, 4099)
+    hidden, weight, y = inputs(tokens=tokens, width=width, classes=classes, dtype=dtype)
+    options = {"softcap": 9.0, "z_loss": 0.01, "reduction": "none"}
+    exact = values(wide(hidden), wide(weight), y, **options, implementation="reference")
+    got = values(hidden, weight, y, **options, implementation=implementation)
+    g = drawn(tokens, dtype=sums_of(dtype), seed=4)
+    right = linear_cross_entropy_vjp(
+        wide(g), wide(hidden), wide(weight), y, **options, implementation="reference"
+    )
+    grads = linear_cross_entropy_vjp(g, hidden, weight, y, **options, implementation=implementation)
+    h, w, kept = np.abs(wide(hidden)), np.abs(wide(weight)), y != -100
+    s = 9 * np.tanh(wide(hidden) @ wide(weight).T / 9)
+    log_p = s - exact["lse"][:, None]
+    p, steep = np.exp(log_p), kept * (1 + 0.02 * np.abs(exact["lse"]))
+    dz = np.abs(wide(g) * steep)[:, None] * p
+    dz[kept, y[kept]] += np.abs(wide(g))[kept]
+    gap = s.max(axis=1, keepdims=True) - s
+    magnitudes = {
+        "loss": steep,
+        "lse": 1.0,
+        "entropy": 1 + (p * gap).sum(axis=1),
+        "dhidden": dz.sum(axis=1)[:, None] * w.max(),
+        "dweight": dz.T @ h,
+    }
+    found = got | grads._asdict()
+    for name, magnitude in magnitudes.items():
+        value = (exact | right._asdict())[name]
+        more = {"logit_size": float((h @ w.T).max()), "magnitude": magnitude}
+        bound = error_bound(dtype, name, sizes, size=np.abs(value), **more)
+        assert (np.abs(wide(found[name]) - value) <= bound).all(), name
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)

@@ -14,6 +14,7 @@ from .arguments import (
     WEIGHT,
     Z_LOSS,
 )
+from .bounds import error_bound
 from .calls import (
     CotangentCall,
     LossCall,
@@ -65,6 +66,7 @@ __all__ = [
     "Want",
     "check_reduction",
     "check_shift",
+    "error_bound",
     "prepare",
     "prepare_jvp",
     "prepare_vjp",
