@@ -62,7 +62,7 @@ struct Softcap {
   }
 };
 
-// f(register, its first column, columns in it)
+// f(first column of a register, columns in it)
 template <class T, class F>
 TW_INLINE void each_column(int n, const F& f) {
   int j = 0;

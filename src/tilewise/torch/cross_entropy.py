@@ -197,11 +197,20 @@ def _outputs(
         inputs = (whole, targets.reshape(A, C, I), None, weight)
     else:
         inputs = (whole, None, targets.reshape(A, I), weight)
-    text = repr({**options.__dict__, "implementation": implementation})
-    loss, lse, z = forward(record.FLAT, inputs, text, (True, True, True))
+    loss, lse, z = forward(record.FLAT, inputs, _text(options, implementation), (True, True, True))
     if options.reduction == "none":
         loss, z = loss.reshape(rows.row_shape), z.reshape(rows.row_shape)
     return loss, lse.reshape(rows.row_shape), z
+
+
+def _text(options: Options, implementation: str | None) -> str:
+    """Return the options as the text of a dictionary; torch.compile traces no repr of them all."""
+    return (
+        f"{{'ignore_index': {options.ignore_index!r}, "
+        f"'label_smoothing': {options.label_smoothing!r}, 'z_loss': {options.z_loss!r}, "
+        f"'softcap': {options.softcap!r}, 'reduction': {options.reduction!r}, "
+        f"'implementation': {implementation!r}}}"
+    )
 
 
 def _targets(targets: Any, logits: Tensor, axis: int) -> Tensor:
