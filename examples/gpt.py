@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 import tilewise as tw
-from tilewise.torch import attention
+from tilewise.torch import LinearCrossEntropyLoss, attention
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 COLOURS = {"tilewise": "#d1495b", "sdpa": "#30638e", "textbook": "#9a9a9a"}
@@ -87,19 +87,23 @@ class GPT(nn.Module):
         super().__init__()
         self.characters = nn.Embedding(V, width)
         self.blocks = nn.Sequential(*(Block(width, heads, attend) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, V, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), LinearCrossEntropyLoss(width, V)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=spread)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the classifier reads: `(B, N)` to `(B, N, width)`."""
+        return self.norm(self.blocks(self.characters(tokens)))
+
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.characters(tokens))))
+        return self.head.linear(self.hidden(tokens))
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of each character given those before it: `(B, N + 1)` to a number."""
-        return cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        return self.head(self.hidden(tokens[:, :-1]), tokens[:, 1:])
 
 
 def load_text() -> tuple[Tensor, list[str]]:

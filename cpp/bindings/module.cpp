@@ -16,6 +16,7 @@ namespace tilewise {
 
 void bind_attention(nb::module_& m);
 void bind_cross_entropy(nb::module_& m);
+void bind_linear_cross_entropy(nb::module_& m);
 void bind_softmax(nb::module_& m);
 
 namespace {
@@ -48,5 +49,6 @@ NB_MODULE(_core, m) {
         "Fused multiply-adds of one core in GFLOP/s.");
   bind_attention(m);
   bind_cross_entropy(m);
+  bind_linear_cross_entropy(m);
   bind_softmax(m);
 }

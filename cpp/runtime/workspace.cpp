@@ -22,19 +22,34 @@ struct Block {
 
 thread_local Block block;
 
+void* allocate(size_t bytes, size_t* size) {
+  *size = (bytes + kPage - 1) / kPage * kPage;
+  if (*size < bytes) throw std::bad_alloc();
+  void* data = std::aligned_alloc(kPage, *size);
+  if (!data) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(data, *size, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
 }  // namespace
+
+Buffer::Buffer(size_t bytes) {
+  size_t size;
+  data_ = allocate(bytes ? bytes : 1, &size);
+}
+
+Buffer::~Buffer() {
+  std::free(data_);
+}
 
 void* workspace(size_t bytes) {
   if (bytes <= block.size && block.size <= (bytes > kKept ? bytes : kKept)) return block.data;
   std::free(block.data);
   block = {};
-  size_t size = (bytes + kPage - 1) / kPage * kPage;
-  if (size < bytes) throw std::bad_alloc();
-  void* data = std::aligned_alloc(kPage, size);
-  if (!data) throw std::bad_alloc();
-#if defined(__linux__)
-  madvise(data, size, MADV_HUGEPAGE);
-#endif
+  size_t size;
+  void* data = allocate(bytes, &size);
   block.data = data;
   block.size = size;
   return data;

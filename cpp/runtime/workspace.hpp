@@ -8,6 +8,19 @@ namespace tilewise {
 // At least `bytes` bytes, 64-byte aligned, uninitialised, valid until the thread's next call.
 void* workspace(size_t bytes);
 
+// Memory of one call that its threads share, 64-byte aligned, uninitialised. Throws std::bad_alloc.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
 class Arena {  // hands out pieces of a workspace; with a null base it only counts
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}

@@ -53,6 +53,7 @@ __all__ = [
     "jacobian",
     "lengths",
     "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "merge",
@@ -211,6 +212,28 @@ def linear(x: Any, w: Any, bias: Any = None, **options: Any) -> Any:
         TypeError: No frontend knows the type of x.
     """
     return _frontend("linear", x, "x").linear(x, w, bias, **options)
+
+
+def linear_cross_entropy(hidden: Any, weight: Any, targets: Any, **options: Any) -> Any:
+    """Compute the cross-entropy of a linear classifier, by the type of hidden.
+
+    Formula: `loss = lse - s_y` with `s = hidden weight^T`, which is not stored.
+
+    Args:
+        hidden: `(..., C)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch
+            tensor.
+        weight: `(V, C)`, dtype of hidden. A row for each class.
+        targets: `(...)`, integers from 0 to V - 1, or ignore_index.
+        **options: As in `tilewise.numpy.linear_cross_entropy`.
+
+    Returns:
+        The loss, or a NamedTuple where more was asked for.
+
+    Raises:
+        TypeError: No frontend knows the type of hidden.
+    """
+    frontend = _frontend("linear_cross_entropy", hidden, "hidden")
+    return frontend.linear_cross_entropy(hidden, weight, targets, **options)
 
 
 def _frontend(operator: str, array: Any, name: str = "q") -> Any:

@@ -36,6 +36,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "tilewise.ops.linear.cpu",
         "reference": "tilewise.ops.linear.reference",
     },
+    "linear_cross_entropy": {
+        "cpu": "tilewise.ops.linear_cross_entropy.cpu",
+        "reference": "tilewise.ops.linear_cross_entropy.reference",
+    },
 }
 """For each operator, the module of each implementation, best first."""
 

@@ -19,6 +19,9 @@ GLOSSARY: Mapping[str, str] = {
     "total_q": "queries of all packed sequences",
     "total_k": "keys of all packed sequences",
     "max_k": "keys of the longest packed sequence",
+    "T": "tokens that have a target",
+    "C": "entries of a hidden state",
+    "V": "classes",
 }
 
 Shape = tuple[str, ...]

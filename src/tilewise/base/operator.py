@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -201,6 +201,11 @@ class FlatOperator:
         jvp: ``(implementation, call, needed, tangents, outputs, residuals) -> output tangents``.
         vjp_jvp: ``(implementation, call, needed, tangents of the cotangents, tangents, cotangents,
             output tangents or Nones, outputs, residuals) -> tangents of the gradients``.
+        dtypes: For outputs and residuals with another dtype: "int64", or the name of the input
+            that they have it from.
+        kept_gradients: How many residuals, the last ones, are gradients by the first active inputs
+            for a cotangent of 1 of the first output, which has no dimension then. They are there
+            where `needed` asks for them, else None; the first backward uses them up.
     """
 
     name: str
@@ -219,6 +224,8 @@ class FlatOperator:
     vjp: Callable[..., Arrays]
     jvp: Callable[..., Arrays]
     vjp_jvp: Callable[..., Arrays]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    kept_gradients: int = 0
 
     def lengths(self, kind: str) -> tuple[int, ...]:
         """Return how many arrays each group has that a function of this kind takes.

@@ -3,6 +3,7 @@
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 from tilewise.ops.cross_entropy.spec import EntropyGrads, EntropyStats, EntropyTangents
 from tilewise.ops.linear.spec import LinearGrads
+from tilewise.ops.linear_cross_entropy.spec import LossGrads, LossStats
 from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
 from .attention import (
@@ -21,6 +22,21 @@ from .cross_entropy import (
     cross_entropy_vjp_jvp,
 )
 from .linear import linear, linear_jvp, linear_vjp, linear_vjp_jvp
+from .linear_cross_entropy import (
+    LinearCrossEntropyResult,
+    LossTangents,
+    linear_cross_entropy,
+    linear_cross_entropy_jvp,
+    linear_cross_entropy_vjp,
+    linear_cross_entropy_vjp_jvp,
+)
+from .loss_shards import (
+    LossState,
+    MergedLoss,
+    linear_cross_entropy_shard,
+    linear_cross_entropy_shard_vjp,
+    merge_shards,
+)
 from .softmax import (
     LogSoftmaxResult,
     SoftmaxResult,
@@ -46,8 +62,14 @@ __all__ = [
     "EntropyGrads",
     "EntropyStats",
     "EntropyTangents",
+    "LinearCrossEntropyResult",
     "LinearGrads",
     "LogSoftmaxResult",
+    "LossGrads",
+    "LossState",
+    "LossStats",
+    "LossTangents",
+    "MergedLoss",
     "OutputTangents",
     "RowStats",
     "SoftmaxGrads",
@@ -69,11 +91,18 @@ __all__ = [
     "cross_entropy_vjp",
     "cross_entropy_vjp_jvp",
     "linear",
+    "linear_cross_entropy",
+    "linear_cross_entropy_jvp",
+    "linear_cross_entropy_shard",
+    "linear_cross_entropy_shard_vjp",
+    "linear_cross_entropy_vjp",
+    "linear_cross_entropy_vjp_jvp",
     "linear_jvp",
     "linear_vjp",
     "linear_vjp_jvp",
     "log_softmax",
     "logsumexp",
+    "merge_shards",
     "softmax",
     "softmax_jvp",
     "softmax_vjp",

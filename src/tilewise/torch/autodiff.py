@@ -213,6 +213,10 @@ def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any)
         wide = torch.float32 if _is_narrow(first) else first.dtype
         dtypes = [first.dtype] * operator.narrow_outputs
         dtypes += [wide] * (len(shapes) - len(dtypes))
+        for i, name in enumerate((*operator.outputs, *operator.residuals)):
+            source = operator.dtypes.get(name)
+            if source is not None:
+                dtypes[i] = _dtype_of(source, operator, tensors)
     else:
         *_, inputs, outputs, _ = kernel.split(tensors)
         like = outputs if kernel.kind == "jvp" else inputs[: operator.active_inputs]
@@ -220,6 +224,14 @@ def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any)
         dtypes = [first.dtype if t is None else t.dtype for t in like]
     results = zip(shapes, dtypes, needed, strict=True)
     return tuple([first.new_empty(s, dtype=d) if wanted else None for s, d, wanted in results])
+
+
+def _dtype_of(source: str, operator: FlatOperator, inputs: Tensors) -> torch.dtype:
+    """Return a dtype by its name, or by that of an input."""
+    if source not in operator.inputs:
+        return getattr(torch, source)
+    tensor = inputs[operator.inputs.index(source)]
+    return (inputs[0] if tensor is None else tensor).dtype
 
 
 def _is_narrow(tensor: Any) -> bool:
@@ -230,7 +242,12 @@ def _differentiable(
     kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any
 ) -> Tensors:
     """Call an op from within a graph."""
-    out: Tensors = Door.apply(kernel, options, needed, *tensors)
+    out: Tensors
+    if kernel.operator.kept_gradients:
+        # A graph has all results, also those that the shortest way hands over later.
+        out = super(Door, Door).apply(kernel, options, needed, *tensors)
+    else:
+        out = Door.apply(kernel, options, needed, *tensors)
     return out
 
 
@@ -373,13 +390,25 @@ class _EagerDoor(Function):  # type: ignore[misc]
         """Run the function."""
         every = kernel.complete(needed, narrow=_is_narrow(kernel.first_input(tensors)))
         out = _run(kernel, options, every, *tensors)
+        kept = kernel.operator.kept_gradients if kernel.kind == "forward" else 0
+        if kept:
+            # Not saved, so that they can be handed over, for those who get them may change them.
+            ctx.gradients = out[-kept:]
+            out = (*out[:-kept], *(None,) * kept)
         returned = out[: len(needed)]
         saved = _save(ctx, kernel, options, needed, tensors, out, returned)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*saved)
         return returned
 
-    backward = Door.backward
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> tuple[Any, ...]:
+        """Hand over the gradients that were kept, or apply the reverse mode of the table."""
+        kept = _taken(ctx, g)
+        if kept is None:
+            return Door.backward(ctx, *g)
+        return (None, None, None, *kept, *(None,) * (len(ctx.needs_input_grad) - 3 - len(kept)))
+
     jvp = Door.jvp
 
 
@@ -393,6 +422,24 @@ def _call(name: str, kind: str, options: str, needed: tuple[bool, ...], *tensors
 
 # torch.compile puts the call into its graph whole; what it traces through it sees no Function.
 _apply = torch.compiler.allow_in_graph(_call)
+
+
+def _taken(ctx: Any, g: Sequence[Any]) -> Tensors | None:
+    """Return the gradients that a forward pass kept, times a cotangent, where they are all."""
+    kept, ctx.gradients = getattr(ctx, "gradients", None), None
+    first, *others = g[: ctx.kernel.operator.active_outputs]
+    if kept is None or first is None or _some(others) or torch.is_grad_enabled():
+        return None
+    wanted = ctx.needs_input_grad[3 : 3 + len(kept)]
+    if any([want and grad is None for want, grad in zip(wanted, kept, strict=True)]):
+        return None
+    if type(first) not in _PLAIN or is_legacy_batchedtensor(first):
+        return None
+    ctx.saved_tensors  # noqa: B018, raises where one was changed, or the graph is gone
+    factor = first.item()
+    if factor != 1:
+        kept = tuple([None if grad is None else grad.mul_(factor) for grad in kept])
+    return tuple([grad if want else None for grad, want in zip(kept, wanted, strict=True)])
 
 
 def _complete(kernel: Kernel, tensors: Sequence[Any]) -> Tensors:

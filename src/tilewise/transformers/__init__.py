@@ -13,14 +13,17 @@ from importlib import import_module
 
 from ._attention import MAKES_MASKS, attention_forward
 from ._cache import contiguous_cache
+from ._loss import FusedLoss, fused_loss
 from ._masks import as_attention_mask, attention_mask
 
 __all__ = [
     "IMPLEMENTATION",
+    "FusedLoss",
     "as_attention_mask",
     "attention_forward",
     "attention_mask",
     "contiguous_cache",
+    "fused_loss",
     "register",
 ]
 
