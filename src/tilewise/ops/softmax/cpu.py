@@ -42,7 +42,7 @@ def vjp(call: SoftmaxCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDE
     """Compute the gradients that are needed."""
     found = _gradients(call, needed)
     _core.softmax_vjp(**_given(call, {**_cotangents(cotangents), **found}))
-    return _wanted(found, needed)
+    return SoftmaxGrads(**found)
 
 
 def jvp(call: SoftmaxCall, tangents: TangentCall, want: Want) -> SoftmaxTangents:
@@ -63,7 +63,7 @@ def vjp_jvp(call: SoftmaxCall, second: SecondCall, needed: Needed = ALL_NEEDED) 
     moved = {"tgy": second.tdy, "tgz": second.tdlog_y, "tgl": second.tdlse}
     given = {**_cotangents(second.cotangents), **_tangents(second.tangents), **moved}
     _core.softmax_vjp_jvp(**_given(call, {**given, **found}))
-    return _wanted(found, needed)
+    return SoftmaxGrads(**found)
 
 
 def _whole(call: SoftmaxCall, wanted: bool, out: Array | None = None) -> Array | None:
@@ -77,13 +77,9 @@ def _rows(call: SoftmaxCall, wanted: bool) -> Array | None:
 
 
 def _gradients(call: SoftmaxCall, needed: Needed) -> dict[str, Array | None]:
-    """Return the arrays into which a kernel writes gradients; that of x is always written."""
+    """Return the arrays into which a kernel writes gradients."""
     of_sink = _rows(call, needed.sink and call.sink is not None)
-    return {"dx": _whole(call, True), "dsink": of_sink}
-
-
-def _wanted(found: dict[str, Array | None], needed: Needed) -> SoftmaxGrads:
-    return SoftmaxGrads(found["dx"] if needed.x else None, found["dsink"])
+    return {"dx": _whole(call, needed.x), "dsink": of_sink}
 
 
 def _cotangents(given: CotangentCall) -> dict[str, Array | None]:
