@@ -181,13 +181,12 @@ class LinearCrossEntropyPhases {
 
   // Turns s into dz and adds what it gives; `last` of the blocks that dweight's rows are made of.
   void gradients(const Tokens& tokens, const Span<T>& span, bool last) {
-    each_tile(span, [&](int slot, int first, int count) {
+    each_tile(span, [&](int, int first, int count) {
       each_panel(tokens, [&](int p) { put_tile(tokens, span, p, first, count); });
       if (p_.dbias) add_bias_gradient(tokens, span, first, count);
       if (p_.dweight) add_weight_tile(tokens, span, first, count, last);
-      (void)slot;
     });
-    if (!p_.dhidden) return;
+    if (!p_.dhidden || blocks_ == 0) return;
     // Of few columns, groups of panels are tasks of their own.
     const int64_t groups = std::min<int64_t>((threads_ + blocks_ - 1) / blocks_, tokens.panels());
     each_task(threads_, blocks_ * groups, [&](int slot, int64_t task) {

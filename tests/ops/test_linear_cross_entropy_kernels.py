@@ -372,6 +372,14 @@ def test_no_tokens_give_zero_gradients_of_weights() -> None:
     assert not found["dbias"].any()
 
 
+def test_no_columns_leave_the_bias() -> None:
+    problem = Problem((29, 0, 131), bias=True, ignored=False)
+    assert problem.bias is not None
+    found = problem.forward()
+    lse = np.log(np.exp(problem.bias).sum())
+    np.testing.assert_allclose(found["loss"], lse - problem.bias[problem.targets], rtol=1e-14)
+
+
 def test_a_class_without_a_chance_gets_nothing() -> None:
     problem = Problem((29, 11, 131), bias=True)
     assert problem.bias is not None
