@@ -163,7 +163,7 @@ class SoftmaxForward {
 
   template <bool FRONT, bool BACK>
   T step(int64_t r, int64_t c, T top) {
-    if constexpr (BACK)
+    if constexpr (BACK && kStreams && sizeof(X) == sizeof(T))
       if (stream_) return step<FRONT, BACK, true>(r, c, top);
     return step<FRONT, BACK, false>(r, c, top);
   }
@@ -184,7 +184,7 @@ class SoftmaxForward {
     const Vec<T> high = finite_max<T>(set1(top));
     const Exp<T> exp = exp_;
     Vec<T> top_of[kAll], sum_of[kAll];  // as registers: an object's would stay in memory
-    TW_UNROLL for (int u = 0; u < kAll; u++) {
+    TW_UNROLL_LANES for (int u = 0; u < kAll; u++) {
       top_of[u] = set1(kNone);
       sum_of[u] = zero<T>();
     }
@@ -193,7 +193,8 @@ class SoftmaxForward {
     const int lead = STREAM ? write_head(to, n, x, written) : 0;
     const int common = std::min(n - lead, next_n);
     int j = 0;
-    for (; j + kLanesWide <= common; j += kLanesWide) TW_UNROLL for (int u = 0; u < kAll; u++) {
+    for (; j + kLanesWide <= common; j += kLanesWide)
+      TW_UNROLL_LANES for (int u = 0; u < kAll; u++) {
         const int i = j + u * kW;
         if constexpr (BACK) put<STREAM>(to + i + lead, written(i + lead, kW));
         if constexpr (FRONT) {
@@ -211,7 +212,7 @@ class SoftmaxForward {
       }
     if constexpr (!FRONT) return top;
     Lanes64<T> tops, sums;
-    TW_UNROLL for (int u = 0; u < kAll; u++) {
+    TW_UNROLL_LANES for (int u = 0; u < kAll; u++) {
       tops.of[u] = top_of[u];
       sums.of[u] = sum_of[u];
     }
@@ -246,7 +247,7 @@ class SoftmaxForward {
     auto keep = [&](int i, const Lanes64<T>& of, auto op) __attribute__((always_inline)) {
       Vec<T> v[kRegs<T>];
       of.fold(op, v);
-      TW_UNROLL for (int k = 0; k < kRegs<T>; k++) store(part + i * kGroup + k * kW, v[k]);
+      TW_UNROLL_LANES for (int k = 0; k < kRegs<T>; k++) store(part + i * kGroup + k * kW, v[k]);
     };
     for (int i = 0; i < count; i++) {
       Lanes64<T> top(kNone);
@@ -284,8 +285,9 @@ class SoftmaxForward {
         const Back written{w_ + i * n,         at(p_.x, r + i, 0), set1(high[i]),
                            set1(row_.scale()), set1(last),         exp_};
         X* to = at(y_, r + i, 0);
-        if (stream_)
-          write<true>(to, n, written);
+        constexpr bool kMay = kStreams && sizeof(X) == sizeof(T);
+        if (kMay && stream_)
+          write<kMay>(to, n, written);
         else
           write<false>(to, n, written);
       }

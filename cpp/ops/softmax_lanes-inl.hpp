@@ -61,9 +61,9 @@ TW_INLINE void each_register(int from, int n, const F& f) {
   constexpr int kAll = kLanesWide / kWidth<T>;
   int j = from;
   for (; j + kLanesWide <= n; j += kLanesWide)
-    TW_UNROLL for (int u = 0; u < kAll; u++) f(j + u * kWidth<T>, u, kWidth<T>);
+    TW_UNROLL_LANES for (int u = 0; u < kAll; u++) f(j + u * kWidth<T>, u, kWidth<T>);
   if (j >= n) return;
-  TW_UNROLL for (int u = 0; u < kAll; u++) {
+  TW_UNROLL_LANES for (int u = 0; u < kAll; u++) {
     const int at = j + u * kWidth<T>;
     if (at < n) f(at, u, std::min(n - at, kWidth<T>));
   }
@@ -105,7 +105,7 @@ TW_INLINE void trees(const T* lanes16, const Op& op, T* to) {
 #if defined(TILEWISE_TARGET_AVX512)
   if constexpr (kRegs<T> == 1) {
     VecF x[kGroup];
-    TW_UNROLL for (int i = 0; i < kGroup; i++) x[i] = load(lanes16 + i * kGroup);
+    TW_UNROLL_LANES for (int i = 0; i < kGroup; i++) x[i] = load(lanes16 + i * kGroup);
     auto quarters = [&](VecF a, VecF b, auto low, auto high) __attribute__((always_inline)) {
       return op((VecF)_mm512_shuffle_f32x4((__m512)a, (__m512)b, decltype(low)::value),
                 (VecF)_mm512_shuffle_f32x4((__m512)a, (__m512)b, decltype(high)::value));
@@ -119,9 +119,9 @@ TW_INLINE void trees(const T* lanes16, const Op& op, T* to) {
     using Low = std::integral_constant<int, 0x44>;
     using High = std::integral_constant<int, 0xee>;
     // rows i and i + 8 side by side, then four of them, then all in the order of `rows`
-    TW_UNROLL for (int i = 0; i < 8; i++) x[i] = quarters(x[i], x[i + 8], Low{}, High{});
-    TW_UNROLL for (int i = 0; i < 4; i++) x[i] = quarters(x[i], x[i + 4], Even{}, Odd{});
-    TW_UNROLL for (int i = 0; i < 2; i++) x[i] = pairs(x[i], x[i + 2], Low{}, High{});
+    TW_UNROLL_LANES for (int i = 0; i < 8; i++) x[i] = quarters(x[i], x[i + 8], Low{}, High{});
+    TW_UNROLL_LANES for (int i = 0; i < 4; i++) x[i] = quarters(x[i], x[i + 4], Even{}, Odd{});
+    TW_UNROLL_LANES for (int i = 0; i < 2; i++) x[i] = pairs(x[i], x[i + 2], Low{}, High{});
     const VecF all = pairs(x[0], x[1], Even{}, Odd{});
     const __m512i rows = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     return store(to, (VecF)_mm512_permutexvar_ps(rows, (__m512)all));
@@ -160,7 +160,7 @@ struct Lanes64 {
   // to 16
   template <class Op>
   TW_MEMBER void fold(const Op& op, Vec<T> (&x)[kRegs<T>]) const {
-    TW_UNROLL for (int r = 0; r < kRegs<T>; r++) {
+    TW_UNROLL_LANES for (int r = 0; r < kRegs<T>; r++) {
       auto group = [&](int g) __attribute__((always_inline)) { return of[g * kRegs<T> + r]; };
       x[r] = op(op(group(0), group(2)), op(group(1), group(3)));
     }

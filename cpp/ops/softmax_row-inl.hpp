@@ -387,7 +387,7 @@ class SoftmaxRow {
     if (here && stream) j = emit_past_caches(n, to, f);
     constexpr int W = kWidth<T>;
     for (; j + 4 * W <= n; j += 4 * W)
-      TW_UNROLL for (int u = 0; u < 4; u++) store(to + j + u * W, f(j + u * W, W));
+      TW_UNROLL_LANES for (int u = 0; u < 4; u++) store(to + j + u * W, f(j + u * W, W));
     for (; j + W <= n; j += W) store(to + j, f(j, W));
     if (j < n) store_some(to + j, n - j, f(j, n - j));
     if (!here) scatter(v, chunk, n, hidden);
