@@ -101,6 +101,10 @@ class LinearCrossEntropy {
 
   void forward() {
     each_tokens([&](const Tokens& tokens) {
+      if (phases_.tokens().of_all())
+        phases_.choose_all_panels();
+      else
+        phases_.choose_panels(tokens, true);
       phases_.pack_tokens(tokens);
       each_span([&](const Span<T>& span) {
         phases_.logits(tokens, span);
@@ -108,14 +112,19 @@ class LinearCrossEntropy {
       });
       phases_.tokens().write_results(tokens.first, tokens.count);
       phases_.tokens().take_cotangents(tokens.first, tokens.count);
-      if (cuts_.stored)
-        each_span([&](const Span<T>& span) { phases_.gradients(tokens, span, false); });
+      if (!cuts_.stored) return;
+      phases_.choose_panels(tokens, false);
+      each_span([&](const Span<T>& span) { phases_.gradients(tokens, span, false); });
     });
   }
 
   // Sums over classes that the tangents of results consist of.
   void tangent_pass() {
     each_tokens([&](const Tokens& tokens) {
+      if (second())
+        phases_.choose_panels(tokens, false);
+      else
+        phases_.choose_all_panels();
       phases_.pack_tokens(tokens);
       each_span([&](const Span<T>& span) {
         phases_.logits(tokens, span);
@@ -128,6 +137,7 @@ class LinearCrossEntropy {
   void gradient_pass() {
     each_span([&](const Span<T>& span) {
       each_tokens([&](const Tokens& tokens) {
+        phases_.choose_panels(tokens, false);
         phases_.pack_tokens(tokens);
         phases_.logits(tokens, span);
         if (second()) phases_.tangent_logits(tokens, span);

@@ -89,6 +89,7 @@ class LinearCrossEntropyPhases {
     if (!filter) filled_ = nullptr;
     scratch_size_ = (kTileClasses * elements_ + kChainClasses * kW + 63) / 64 * 64;
     scratch_ = arena.take<E>(threads_ * scratch_size_);
+    chosen_ = arena.take<bool>(panels_);
   }
 
   void begin() {
@@ -107,9 +108,18 @@ class LinearCrossEntropyPhases {
 
   TokenNumbers<T>& tokens() { return tokens_; }
 
+  // Panels of which no token is wanted are left out: `kept` asks for tokens with a loss, else for
+  // those that some gradient comes from.
+  void choose_panels(const Tokens& tokens, bool kept) {
+    for (int p = 0; p < tokens.panels(); p++)
+      chosen_[p] = tokens_.any(tokens.first + p * kPanel, kept);
+  }
+  void choose_all_panels() { std::memset(chosen_, 1, static_cast<size_t>(panels_)); }
+
   void pack_tokens(const Tokens& tokens) {
     each_task(threads_, 2 * tokens.panels(), [&](int, int64_t task) {
       const int panel = static_cast<int>(task / 2);
+      if (!chosen_[panel]) return;
       if (task % 2 == 0) pack_panel(p_.hidden, tokens, panel, &hidden_);
       if (task % 2 == 1 && p_.thidden) pack_panel(p_.thidden, tokens, panel, &thidden_);
     });
@@ -150,6 +160,7 @@ class LinearCrossEntropyPhases {
 
   void statistics(const Tokens& tokens, const Span<T>& span) {
     each_task(threads_, tokens.panels(), [&](int, int64_t p) {
+      if (!chosen_[p]) return;
       for (int i = 0; i < span.count; i += kFoldClasses) {
         const int n = std::min(kFoldClasses, span.count - i);
         tokens_.add_fold(tile(span.s, tokens, span, static_cast<int>(p), i, n));
@@ -159,6 +170,7 @@ class LinearCrossEntropyPhases {
 
   void tangent_sums(const Tokens& tokens, const Span<T>& span) {
     each_task(threads_, tokens.panels(), [&](int, int64_t p) {
+      if (!chosen_[p]) return;
       for (int i = 0; i < span.count; i += kFoldClasses) {
         const int n = std::min(kFoldClasses, span.count - i), panel = static_cast<int>(p);
         add_tangent_sums<T>(tile(span.s, tokens, span, panel, i, n), at(span.ts, panel, i),
@@ -169,21 +181,25 @@ class LinearCrossEntropyPhases {
 
   // Turns s into dz and adds what it gives; `last` of the blocks that dweight's rows are made of.
   void gradients(const Tokens& tokens, const Span<T>& span, bool last) {
-    each_tile(span, [&](int slot, int first, int count) {
+    each_tile(span, [&](int, int first, int count) {
       each_panel(tokens, [&](int p) { put_tile(tokens, span, p, first, count); });
       if (p_.dbias) add_bias_gradient(tokens, span, first, count);
       if (p_.dweight) add_weight_tile(tokens, span, first, count, last);
-      (void)slot;
     });
-    if (!p_.dhidden) return;
-    each_task(threads_, blocks_, [&](int slot, int64_t block) {
-      each_term(span, [&](const Term& term) { add_hidden_block(term, tokens, span, slot, block); });
+    if (!p_.dhidden || blocks_ == 0) return;
+    // Of few columns, groups of panels are tasks of their own.
+    const int64_t groups = std::min<int64_t>((threads_ + blocks_ - 1) / blocks_, tokens.panels());
+    each_task(threads_, blocks_ * groups, [&](int slot, int64_t task) {
+      each_term(span, [&](const Term& term) {
+        add_hidden_block(term, tokens, span, slot, task / groups, task % groups, groups);
+      });
     });
 #if defined(TW_HAS_PAIRS)
     if constexpr (kPairs<E>)
       if (parts_of(p_.dhidden) == 1)
-        each_task(threads_, tokens.panels(),
-                  [&](int, int64_t p) { add_lost_of_hidden(tokens, span, static_cast<int>(p)); });
+        each_task(threads_, tokens.panels(), [&](int, int64_t p) {
+          if (chosen_[p]) add_lost_of_hidden(tokens, span, static_cast<int>(p));
+        });
 #endif
   }
 
@@ -240,8 +256,9 @@ class LinearCrossEntropyPhases {
     });
   }
   template <class F>
-  static void each_panel(const Tokens& tokens, const F& f) {
-    for (int p = 0; p < tokens.panels(); p++) f(p);
+  void each_panel(const Tokens& tokens, const F& f) const {
+    for (int p = 0; p < tokens.panels(); p++)
+      if (chosen_[p]) f(p);
   }
   template <class F>
   void each_term(const Span<T>& span, const F& f) const {
@@ -376,6 +393,7 @@ class LinearCrossEntropyPhases {
       if (!term.hidden->blocks || (term.hidden == &thidden_ && !p_.thidden)) return;
       const int64_t next = classes_ * kPanelElements<E>;
       auto filled = [&](int p) __attribute__((always_inline)) {
+        if (!chosen_[p]) return uint32_t{0};
         return filled_ ? *filled_at(p, first) : kAllFilled;
       };
       for (int64_t b = 0; b < blocks_; b++) {
@@ -431,13 +449,14 @@ class LinearCrossEntropyPhases {
   }
 
   void add_hidden_block(const Term& term, const Tokens& tokens, const Span<T>& span, int slot,
-                        int64_t block) {
+                        int64_t block, int64_t group, int64_t groups) {
     if (!*term.weight) return;
     E* weights = scratch(slot) + kTileClasses * elements_;
     for (int i = 0; i < span.count; i += kChainClasses) {
       const int count = std::min(kChainClasses, span.count - i);
       pack_weight_block(*term.weight, span.first + i, count, block, weights);
       each_panel(tokens, [&](int p) {
+        if (p % groups != group) return;
         T* to = dhidden_ + (tokens.first + p * kPanel) * dhidden_ld() + block * kW;
         const uint32_t filled =
             filled_ ? filled_at(p, i)[0] | uint32_t{filled_at(p, i)[1]} << kTileBits : kAllFilled;
@@ -536,6 +555,7 @@ class LinearCrossEntropyPhases {
   T *bias_ = nullptr, *tbias_ = nullptr, *dhidden_ = nullptr, *dweight_ = nullptr,
     *dbias_ = nullptr;
   int64_t scratch_size_ = 0;
+  bool* chosen_ = nullptr;
   uint16_t* filled_ = nullptr;  // what is other than zero, where small gradients are left out
 };
 

@@ -27,6 +27,19 @@ class TokenNumbers {
   // Whether some gradient comes from the token.
   bool wanted(int64_t t) const { return of_.live[t] != 0; }
 
+  // Whether a token of a panel is kept, or some gradient comes from one.
+  bool any(int64_t first, bool kept) const {
+    const T* of = kept ? of_.kept : of_.live;
+    for (int i = 0; i < kPanel; i++)
+      if (of[first + i] != 0) return true;
+    return false;
+  }
+  // Whether something is asked that ignored tokens have too.
+  bool of_all() const {
+    const CrossEntropyResults& o = p_.out;
+    return o.lse || o.m || o.log_l || o.entropy || o.argmax;
+  }
+
   void begin() {
     const CrossEntropyOptions& o = p_.options;
     const double spread = o.label_smoothing / double(std::max<int64_t>(o.v_total, 1));

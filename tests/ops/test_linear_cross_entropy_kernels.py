@@ -350,10 +350,34 @@ def test_all_ignored_gives_zeros_and_the_lse() -> None:
     np.testing.assert_array_equal(found["lse"], lse)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_runs_of_ignored_tokens_may_be_nan(dtype: np.dtype[Any]) -> None:
+    problem = Problem((307, 19, 401), dtype, bias=True, ignored=False, **ALL_OPTIONS)
+    absent = np.r_[0:97, 151:293]
+    problem.targets[absent] = IGNORED
+    whole = problem.forward()
+    problem.hidden[absent] = np.nan
+    loss = problem.rows("loss")
+    found, views = problem.gradients()
+    core.linear_cross_entropy_forward(**problem.given(), **loss, **views, g=problem.g)
+    same(found, {name: whole[name] for name in found})
+    same(loss, {"loss": whole["loss"]})
+    saved = {name: whole[name] for name in ("m", "log_l")}
+    same(problem.vjp(saved, g=problem.g), found)
+
+
 def test_no_tokens_give_zero_gradients_of_weights() -> None:
     found = Problem((0, 11, 131), bias=True).forward()
     assert not found["dweight"].any()
     assert not found["dbias"].any()
+
+
+def test_no_columns_leave_the_bias() -> None:
+    problem = Problem((29, 0, 131), bias=True, ignored=False)
+    assert problem.bias is not None
+    found = problem.forward()
+    lse = np.log(np.exp(problem.bias).sum())
+    np.testing.assert_allclose(found["loss"], lse - problem.bias[problem.targets], rtol=1e-14)
 
 
 def test_a_class_without_a_chance_gets_nothing() -> None:
@@ -473,6 +497,32 @@ def test_rows_may_lie_apart() -> None:
     wide_hidden[:, 3:16], wide_weight[:, :13] = problem.hidden, problem.weight
     problem.hidden, problem.weight = wide_hidden[:, 3:16], wide_weight[:, :13]
     same(problem.forward(), wanted)
+
+
+SHORT_OF_MEMORY = """
+import resource
+import numpy as np
+from tilewise import _core
+
+def call(T, V):
+    loss, g = np.full(T, np.nan, np.float32), np.ones(T, np.float32)
+    hidden, weight = np.zeros((T, 1), np.float32), np.zeros((V, 1), np.float32)
+    targets, dweight = np.zeros(T, np.int64), np.zeros((V, 1), np.float32)
+    _core.linear_cross_entropy_forward(hidden, weight, targets, loss=loss, g=g, dweight=dweight)
+    return loss
+
+call(3, 7)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
+try:
+    call(193, 1 << 20)
+except MemoryError:
+    print(np.allclose(call(3, 7), np.log(7)))
+"""
+
+
+def test_too_little_memory_is_an_error(run_script: Callable[..., str]) -> None:
+    assert run_script(SHORT_OF_MEMORY).strip() == "True"
 
 
 def test_wrong_arrays_are_refused() -> None:
