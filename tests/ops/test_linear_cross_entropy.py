@@ -340,6 +340,29 @@ def test_an_ignored_token_has_no_part(implementation: str, dtype: np.dtype[Any])
     assert not tloss[~kept].any() and np.isfinite(tloss).all()
 
 
+def test_no_logits_are_made_of_tokens_without_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilewise.ops.linear_cross_entropy import cpu
+
+    tokens: list[int] = []
+
+    def counted(name: str) -> Callable[..., None]:
+        def run(**arrays: Any) -> None:
+            tokens.append(len(arrays["hidden"]))
+            getattr(core, name)(**arrays)
+
+        return run
+
+    core = cpu._core
+    monkeypatch.setattr(cpu, "_core", SimpleNamespace(**{name: counted(name) for name in WRITTEN}))
+    hidden, weight, y = inputs()
+    kept = int((y != -100).sum())
+    stats = linear_cross_entropy(hidden, weight, y, return_stats=True).stats
+    linear_cross_entropy(hidden, weight, y, return_grads=True)
+    linear_cross_entropy_vjp(1.0, hidden, weight, y, stats)
+    linear_cross_entropy_vjp_jvp(1.0, hidden, hidden, weight, y, stats)
+    assert kept < T and tokens == [T, kept, kept, kept]
+
+
 def test_the_cotangent_of_an_ignored_tokens_lse_reaches_its_hidden_state(
     implementation: str,
 ) -> None:

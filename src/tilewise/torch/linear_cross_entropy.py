@@ -181,16 +181,20 @@ def linear_cross_entropy(
     reduction = check_reduction(reduction)
     ignored = IGNORE_INDEX.check(ignore_index)
     zeta = Z_LOSS.check(NAME, z_loss)
-    options = (
-        f"{{'ignore_index': {ignored}, 'z_loss': {zeta!r}, 'reduction': {reduction!r}, "
-        f"'label_smoothing': {LABEL_SMOOTHING.check(NAME, label_smoothing)!r}, "
-        f"'softcap': {None if softcap is None else SOFTCAP.check(NAME, softcap)!r}, "
-        f"'token_chunk': {None if token_chunk is None else TOKEN_CHUNK.check(token_chunk)}, "
-        f"'vocab_chunk': {None if vocab_chunk is None else VOCAB_CHUNK.check(vocab_chunk)}, "
-        f"'gradient_filter': "
-        f"{None if gradient_filter is None else GRADIENT_FILTER.check(NAME, gradient_filter)!r}, "
-        f"'lse': {bool(return_lse or return_z_loss)}, 'entropy': {bool(return_entropy)}, "
-        f"'implementation': {implementation!r}}}"
+    options = _literal(
+        ignore_index=ignored,
+        label_smoothing=LABEL_SMOOTHING.check(NAME, label_smoothing),
+        z_loss=zeta,
+        softcap=None if softcap is None else SOFTCAP.check(NAME, softcap),
+        reduction=reduction,
+        token_chunk=None if token_chunk is None else TOKEN_CHUNK.check(token_chunk),
+        vocab_chunk=None if vocab_chunk is None else VOCAB_CHUNK.check(vocab_chunk),
+        gradient_filter=(
+            None if gradient_filter is None else GRADIENT_FILTER.check(NAME, gradient_filter)
+        ),
+        lse=bool(return_lse or return_z_loss),
+        entropy=bool(return_entropy),
+        implementation=implementation,
     )
     y = _shifted(targets.to(torch.int64), shift, ignored).reshape(-1)
     wide = torch.float32 if hidden.dtype in _NARROW else hidden.dtype
@@ -218,6 +222,11 @@ def linear_cross_entropy(
         back(argmax) if return_argmax else None,
         back(terms) if terms is not None and reduction == "none" else terms,
     )
+
+
+def _literal(**options: Any) -> str:
+    """Return options as the text of a dictionary."""
+    return "{" + ", ".join([f"{name!r}: {value!r}" for name, value in options.items()]) + "}"
 
 
 def _check(hidden: Any, weight: Any, bias: Any, targets: Any, class_weight: Any) -> None:
