@@ -5,6 +5,7 @@ from __future__ import annotations
 from .bounds import error_bound
 from .calls import (
     CotangentCall,
+    ForwardSecondCall,
     Needed,
     SecondCall,
     SoftmaxCall,
@@ -35,6 +36,7 @@ __all__ = [
     "ALL_NEEDED",
     "TEMPERATURE",
     "CotangentCall",
+    "ForwardSecondCall",
     "Needed",
     "Problem",
     "Rows",
