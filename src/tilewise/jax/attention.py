@@ -186,4 +186,5 @@ def _check_rank(q: Array, k: Array, layout: str) -> None:
 def _mask(mask: Any, q: Array, k: Array, layout: str) -> tuple[str, tuple[Array, ...]]:
     """Return a mask as a literal and its arrays."""
     rows, heads = (2, 1) if layout == "bhnd" else (1, 2)
-    return checks.mask_arrays(NAME, mask, (q.shape[0], q.shape[heads], q.shape[rows], k.shape[rows]))
+    sizes = q.shape[0], q.shape[heads], q.shape[rows], k.shape[rows]
+    return checks.mask_arrays(NAME, mask, sizes)

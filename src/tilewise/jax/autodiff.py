@@ -20,7 +20,7 @@ zero is never made into an array: the function is told that there is no such arg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, compress
 from typing import Any
@@ -38,6 +38,7 @@ from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
 from .execution import Function, emit, mark_batch, operators
 
 Arrays = Sequence[Any]
+Pair = tuple[list[Any], list[Any]]
 
 LINEAR = {"jvp": 1, "vjp": 1, "vjp_jvp": 2, FORWARD_TWICE: 2}
 """How many groups of a function's arguments, the first ones, it is linear in.
@@ -151,7 +152,9 @@ def _batch(function: Function, arguments: Arrays) -> int:
     """Return how many of the first dimensions hold problems that do not know each other."""
     own = function.operator.batch
     extra = function.leading(arguments)
-    core = [None if a is None else jax.ShapeDtypeStruct(a.shape[extra:], a.dtype) for a in arguments]
+    core = [
+        None if a is None else jax.ShapeDtypeStruct(a.shape[extra:], a.dtype) for a in arguments
+    ]
     return extra + own(function.kind, core, function.parsed)
 
 
@@ -171,7 +174,7 @@ def _all_or_none(arrays: Arrays) -> Arrays:
     return arrays if all([a is not None for a in arrays]) else (None,) * len(arrays)
 
 
-def _jvp(primals: Arrays, tangents: Arrays, *, function: Function) -> tuple[list[Any], list[Any]]:
+def _jvp(primals: Arrays, tangents: Arrays, *, function: Function) -> Pair:
     """Apply the JVP of the table."""
     operator, kind = function.operator, function.kind
     groups = function.split(primals)
@@ -211,7 +214,7 @@ def _linear_part(function: Function, groups: list[Any], dots: list[Any]) -> list
     return _bind(operator, kind, function.options, moved, function.needed)
 
 
-def _jvp_of_forward(function: Function, inputs: Arrays, dots: Arrays) -> tuple[list[Any], list[Any]]:
+def _jvp_of_forward(function: Function, inputs: Arrays, dots: Arrays) -> Pair:
     """Run the forward pass with what derivatives need, and the jvp."""
     operator = function.operator
     _refuse_passive(operator, dots)
@@ -234,7 +237,7 @@ def _jvp_of_forward(function: Function, inputs: Arrays, dots: Arrays) -> tuple[l
     return _moved(function, out, tangents)
 
 
-def _moved(function: Function, out: Arrays, tangents: Arrays) -> tuple[list[Any], list[Any]]:
+def _moved(function: Function, out: Arrays, tangents: Arrays) -> Pair:
     """Return the results that are needed with their tangents, symbolic zeros in place of None."""
     wanted = list(compress(out, function.needed))
     moves = list(compress(tangents, function.needed))
@@ -314,13 +317,12 @@ def _lower(context: Any, *operands: Any, function: Function) -> Any:
         return emit(function, context.avals_out, *given)
 
     out = mlir.lower_fun(program, multiple_results=True)(context, *operands)
-    call, avals = out[0].owner, (*context.avals_in, *context.avals_out)
+    call, shapes = out[0].owner, [a.shape for a in (*context.avals_in, *context.avals_out)]
     batch = _batch(function, function.spread(context.avals_in))
-    first = avals[0].shape[:batch]
-    constant = all([isinstance(n, int) for aval in avals for n in aval.shape])
-    if call.name.endswith("custom_call") and constant:
-        if batch and all([aval.shape[:batch] == first for aval in avals]):
-            mark_batch(call, batch)
+    alike = all([shape[:batch] == shapes[0][:batch] for shape in shapes])
+    constant = all([isinstance(n, int) for shape in shapes for n in shape])
+    if batch and alike and constant and call.name == "stablehlo.custom_call":
+        mark_batch(call, batch)
     return out
 
 
