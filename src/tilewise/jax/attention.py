@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 from jax import Array
@@ -26,6 +26,10 @@ from .autodiff import forward, register
 
 register(FLAT)
 
+AnyMask: TypeAlias = (
+    Mask | RowIntervals | PackedBits | checks.Literal | Array | NDArray[np.bool_] | None
+)
+
 
 class AttentionResult(NamedTuple):
     """Output of attention with the statistics that were asked for; the others are None.
@@ -46,7 +50,7 @@ class AttentionResult(NamedTuple):
 class AttentionOptions(TypedDict, total=False):
     """The options of attention that do not change the type of its result."""
 
-    mask: Mask | RowIntervals | PackedBits | Array | NDArray[np.bool_] | None
+    mask: AnyMask
     bias: Array | None
     alibi_slopes: Array | None
     softcap: float | None
@@ -85,7 +89,7 @@ def attention(
     k: Array,
     v: Array,
     *,
-    mask: Mask | RowIntervals | PackedBits | Array | NDArray[np.bool_] | None = None,
+    mask: AnyMask = None,
     bias: Array | None = None,
     alibi_slopes: Array | None = None,
     softcap: float | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,6 +17,19 @@ from tilewise.ops.attention.record import MASK_ARRAYS
 from tilewise.ops.attention.spec.arguments import SEED
 
 _MASKS = (Mask, RowIntervals, PackedBits)
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A mask whose arrays need not be known while tracing.
+
+    Attributes:
+        text: An expression of masks, in which `a0`, `a1`, ... stand for the arrays.
+        arrays: The arrays.
+    """
+
+    text: str
+    arrays: tuple[Any, ...]
 
 
 def array(operator: str, name: str, value: Any, like: Any = None, source: str = "q") -> jax.Array:
@@ -87,6 +101,8 @@ def mask_arrays(operator: str, mask: Any, sizes: tuple[int, ...]) -> tuple[str, 
         mask: A mask, what it lowers to, or a boolean array.
         sizes: B, H, N and Nk.
     """
+    if isinstance(mask, Literal):
+        return mask.text, mask.arrays
     if isinstance(mask, _MASKS):
         text, arrays = to_literal(mask)
         if len(arrays) > MASK_ARRAYS:
