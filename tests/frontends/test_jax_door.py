@@ -133,6 +133,14 @@ def test_vmap_over_seeds_drops_others_for_each() -> None:
         same_bits(o, tw.numpy.attention(q, k, v, dropout_p=0.5, seed=i))
 
 
+def test_the_package_itself_finds_the_door_by_the_type() -> None:
+    q, k, v = tensors()
+    same_bits(jax.jit(tw.attention)(*map(jnp.asarray, (q, k, v))), tw.attention(q, k, v))
+    assert isinstance(tw.softmax(jnp.asarray(q)), jax.Array)
+    with pytest.raises(tw.Unsupported, match="attention_varlen: JAX has no packed sequences"):
+        tw.attention_varlen(*map(jnp.asarray, (q[0], k[0], v[0])), np.array([0, 3]))
+
+
 def test_empty_sizes_work() -> None:
     q, k, v = tensors()
     for x in ((q[:0], k[:0], v[:0]), (q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0])):

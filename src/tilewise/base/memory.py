@@ -49,9 +49,9 @@ def empty(shape: Sequence[int], dtype: DTypeLike) -> Array:
 def settle(results: Sequence[Array], targets: Sequence[Array]) -> None:
     """Bring each result into its target, where it does not lie there already."""
     moved = []
-    for i, (result, target) in enumerate(zip(results, targets, strict=True)):
+    for result, target in zip(results, targets, strict=True):
         if not (_address(result) == _address(target) and result.flags.c_contiguous):
-            lent = any([np.may_share_memory(result, t) for t in targets[i + 1 :] + targets[:i]])
+            lent = any([np.may_share_memory(result, t) for t in targets if t is not target])
             moved.append((target, result.copy() if lent else result))
     for target, result in moved:
         target[...] = result

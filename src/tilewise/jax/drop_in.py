@@ -217,8 +217,8 @@ def _mask(
     if is_causal:
         texts.append(repr(causal(align="top_left")))
     if local_window_size is not None:
-        one = isinstance(local_window_size, int)
-        left, right = (local_window_size,) * 2 if one else local_window_size  # type: ignore[misc]
+        reach = local_window_size
+        left, right = (reach, reach) if isinstance(reach, int) else reach
         texts.append(repr(window(left, right, align="top_left")))
     if mask is not None:
         mask = jnp.asarray(mask)

@@ -242,7 +242,8 @@ def jvp_jvp(
     o, stats = _known(call, outputs, residuals)
 
     def given(moves: Arrays) -> TangentCall:
-        return prepare_jvp(call, *_of(call, *moves[:3]), o, stats, *moves[3:])
+        (tq, tk, tv), (tbias, tsinks) = _of(call, *moves[:3]), moves[3:]
+        return prepare_jvp(call, tq, tk, tv, o, stats, tbias, tsinks)
 
     second = ForwardSecondCall(given(tangents), given(others), given(seconds))
     wo, wlse = chosen.jvp_jvp(call, second)

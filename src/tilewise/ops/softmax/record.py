@@ -161,8 +161,8 @@ class _Functions:
         """Return the tangents of the output tangents."""
         assert chosen.jvp_jvp is not None
         stats = SoftmaxStats(*residuals)
-        given = [TangentCall(*moves, stats) for moves in (tangents, others, seconds)]
-        return self._outputs(*chosen.jvp_jvp(call, ForwardSecondCall(*given), self.want))
+        t, u, w = (TangentCall(tx, tz, stats) for tx, tz in (tangents, others, seconds))
+        return self._outputs(*chosen.jvp_jvp(call, ForwardSecondCall(t, u, w), self.want))
 
     def _cotangents(self, cotangents: Arrays, residuals: Sequence[Any]) -> CotangentCall:
         return CotangentCall(*self._of_outputs(cotangents), SoftmaxStats(*residuals))
