@@ -16,6 +16,7 @@ RUNNABLE = [
     ROOT / "README.md",
     DOCS / "index.md",
     DOCS / "torch.md",
+    DOCS / "jax.md",
     DOCS / "cache.md",
     DOCS / "varlen.md",
     *(DOCS / "ops").glob("*.md"),

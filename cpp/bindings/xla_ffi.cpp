@@ -1,17 +1,14 @@
 // The handler through which XLA runs every operator: typed, made from the headers of XLA's foreign
 // function interface alone; nothing of jaxlib is linked.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <xla/ffi/api/c_api.h>
 #include <xla/ffi/api/ffi.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <optional>
-#include <string>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 namespace nb = nanobind;
 namespace ffi = xla::ffi;
@@ -21,50 +18,49 @@ namespace {
 
 // What Python hands over once. Never freed: a thread of XLA may outlive the interpreter.
 struct Callee {
-  nb::object run, bfloat16;
+  nb::object run, ndarray;
+  nb::dict dtypes;
 };
 Callee* callee = nullptr;
 
-std::optional<nb::dlpack::dtype> element(ffi::DataType type) {
+const char* name_of(ffi::DataType type) {
   switch (type) {
     case ffi::DataType::F64:
-      return nb::dtype<double>();
+      return "float64";
     case ffi::DataType::F32:
-      return nb::dtype<float>();
+      return "float32";
     case ffi::DataType::F16:
-      return nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-    case ffi::DataType::BF16:  // as bits, which `view` gives their meaning
-    case ffi::DataType::U16:
-      return nb::dtype<uint16_t>();
+      return "float16";
+    case ffi::DataType::BF16:
+      return "bfloat16";
     case ffi::DataType::PRED:
-      return nb::dtype<bool>();
+      return "bool";
     case ffi::DataType::U8:
-      return nb::dtype<uint8_t>();
-    case ffi::DataType::S32:
-      return nb::dtype<int32_t>();
+      return "uint8";
+    case ffi::DataType::U16:
+      return "uint16";
     case ffi::DataType::U32:
-      return nb::dtype<uint32_t>();
+      return "uint32";
+    case ffi::DataType::S32:
+      return "int32";
     case ffi::DataType::S64:
-      return nb::dtype<int64_t>();
+      return "int64";
     default:
-      return std::nullopt;
+      throw nb::type_error("an array has a dtype that no operator takes");
   }
 }
 
 // A buffer of XLA as a NumPy array over the same memory.
-template <class... Access>
-nb::object array(const ffi::AnyBuffer& buffer) {
-  const std::optional<nb::dlpack::dtype> dtype = element(buffer.element_type());
-  if (!dtype) throw nb::type_error("an array has a dtype that no operator takes");
-  const auto dims = buffer.dimensions();
-  const std::vector<size_t> shape(dims.begin(), dims.end());
-  static char nothing[64];
-  void* data = buffer.element_count() ? buffer.untyped_data() : nothing;
-  nb::ndarray<nb::numpy, nb::device::cpu, Access...> view(data, shape.size(), shape.data(),
-                                                          nb::handle(), nullptr, *dtype);
-  nb::object found = nb::cast(view, nb::rv_policy::reference);
-  return buffer.element_type() == ffi::DataType::BF16 ? found.attr("view")(callee->bfloat16)
-                                                      : found;
+nb::object array(const ffi::AnyBuffer& buffer, int access) {
+  nb::list shape;
+  for (const int64_t size : buffer.dimensions()) shape.append(size);
+  char* data = static_cast<char*>(buffer.untyped_data());
+  static char nothing[1];
+  const auto bytes = static_cast<Py_ssize_t>(buffer.size_bytes());
+  const nb::object memory =
+      nb::steal(PyMemoryView_FromMemory(bytes ? data : nothing, bytes, access));
+  if (!memory.is_valid()) nb::raise_python_error();
+  return callee->ndarray(shape, callee->dtypes[name_of(buffer.element_type())], memory);
 }
 
 ffi::Error failure(nb::python_error& error) {
@@ -85,8 +81,9 @@ ffi::Error evaluate(std::string_view call, ffi::RemainingArgs args, ffi::Remaini
   try {
     nb::list inputs, outputs;
     for (size_t i = 0; i < args.size(); i++)
-      inputs.append(array<nb::ro>(*args.get<ffi::AnyBuffer>(i)));
-    for (size_t i = 0; i < rets.size(); i++) outputs.append(array(**rets.get<ffi::AnyBuffer>(i)));
+      inputs.append(array(*args.get<ffi::AnyBuffer>(i), PyBUF_READ));
+    for (size_t i = 0; i < rets.size(); i++)
+      outputs.append(array(**rets.get<ffi::AnyBuffer>(i), PyBUF_WRITE));
     callee->run(nb::str(call.data(), call.size()), inputs, outputs);
   } catch (nb::python_error& error) {
     return failure(error);
@@ -112,10 +109,10 @@ NB_MODULE(_xla, m) {
       "The handler, as jax.ffi.register_ffi_target takes it.");
   m.def(
       "set_run",
-      [](nb::object run, nb::object bfloat16) {
+      [](nb::object run, nb::object ndarray, nb::dict dtypes) {
         if (!callee) callee = new Callee;
-        *callee = {std::move(run), std::move(bfloat16)};
+        *callee = {std::move(run), std::move(ndarray), std::move(dtypes)};
       },
-      nb::arg("run"), nb::arg("bfloat16"),
-      "Let the handler call run(call, inputs, outputs); bfloat16 is the dtype of such arrays.");
+      nb::arg("run"), nb::arg("ndarray"), nb::arg("dtypes"),
+      "Let the handler call run(call, inputs, outputs) with arrays of the type ndarray.");
 }

@@ -9,5 +9,7 @@ API: tuple[int, int]
 def handler() -> object:
     """The handler, as jax.ffi.register_ffi_target takes it."""
 
-def set_run(run: Callable[[str, list[Any], list[Any]], None], bfloat16: Any) -> None:
-    """Let the handler call run(call, inputs, outputs); bfloat16 is the dtype of such arrays."""
+def set_run(
+    run: Callable[[str, list[Any], list[Any]], None], ndarray: type[Any], dtypes: dict[str, Any]
+) -> None:
+    """Let the handler call run(call, inputs, outputs) with arrays of the type ndarray."""

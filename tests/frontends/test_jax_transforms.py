@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -199,15 +199,25 @@ def quickly(f: Callable[..., Any], x: tuple[Any, ...]) -> Any:
     return jax.jit(f).lower(x).compile(options)(x)
 
 
+def every(f: Function, x: tuple[Any, ...]) -> dict[str, Any]:
+    return {name: transform(f, x) for name, transform in TRANSFORMATIONS.items()}
+
+
+@cache
+def truth(option: str) -> dict[str, Any]:
+    """What JAX's own differentiation makes of the textbook formula."""
+    x, _, options = OPTIONS[option]
+    return quickly(partial(every, partial(textbook, **options)), x)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"], ids=["kernels", "reference"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_transformation_agrees_with_the_textbook(option: str) -> None:
-    x, ours, theirs = OPTIONS[option]
-
-    def every(f: Function, x: tuple[Any, ...]) -> dict[str, Any]:
-        return {name: transform(f, x) for name, transform in TRANSFORMATIONS.items()}
-
-    found = quickly(partial(every, partial(door, **ours)), x)
-    wanted = quickly(partial(every, partial(textbook, **theirs)), x)
+def test_every_transformation_agrees_with_the_textbook(
+    option: str, implementation: str | None
+) -> None:
+    x, options, _ = OPTIONS[option]
+    f = partial(door, implementation=implementation, **options)
+    found, wanted = quickly(partial(every, f), x), truth(option)
     for name in TRANSFORMATIONS:
         pairs = zip(jax.tree.leaves(found[name]), jax.tree.leaves(wanted[name]), strict=True)
         for got, want in pairs:
@@ -219,3 +229,9 @@ def test_derivatives_agree_with_differences(option: str) -> None:
     x, options, _ = OPTIONS[option]
     f = jax.jit(partial(door, **options))
     check_grads(f, x, order=2, modes=("fwd", "rev"))
+
+
+def test_forward_over_forward_is_refused_where_an_implementation_lacks_it() -> None:
+    x, _, _ = OPTIONS["nothing"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="implementation 'cpu': has no jvp_jvp"):
+        jax.block_until_ready(fwd_over_fwd(partial(door, implementation="cpu"), x))

@@ -47,15 +47,11 @@ def empty(shape: Sequence[int], dtype: DTypeLike) -> Array:
 
 
 def settle(results: Sequence[Array], targets: Sequence[Array]) -> None:
-    """Bring each result into its target, where it does not lie there already."""
+    """Bring each result into its target, where it is not a view of it already."""
     moved = []
     for result, target in zip(results, targets, strict=True):
-        if not (_address(result) == _address(target) and result.flags.c_contiguous):
+        if result.base is not target or not result.flags.c_contiguous:
             lent = any([np.may_share_memory(result, t) for t in targets if t is not target])
             moved.append((target, result.copy() if lent else result))
     for target, result in moved:
         target[...] = result
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])

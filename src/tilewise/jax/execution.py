@@ -17,7 +17,7 @@ import numpy as np
 from jax.interpreters import mlir
 from numpy.typing import NDArray
 
-from tilewise.base.dtypes import bfloat16
+from tilewise.base.dtypes import WIDE, bfloat16
 from tilewise.base.memory import results_in, settle
 from tilewise.base.operator import FlatOperator
 from tilewise.dispatch import evaluate
@@ -140,7 +140,9 @@ def _load() -> tuple[bool, str]:
     if built[0] != running[0] or built > running:
         versions = f"built for version {_shown(built)}, jaxlib has {_shown(running)}"
         return False, f"host callbacks: the XLA handler was {versions}"
-    xla.set_run(run, bfloat16("tilewise.jax"))
+    names = (*WIDE, "float16", "bool", "uint8", "uint16", "uint32", "int32", "int64")
+    dtypes = {name: np.dtype(name) for name in names}
+    xla.set_run(run, np.ndarray, {**dtypes, "bfloat16": bfloat16("tilewise.jax")})
     jax.ffi.register_ffi_target(TARGET, xla.handler(), platform="cpu")
     jax.ffi.register_ffi_target_as_batch_partitionable(TARGET)
     return True, f"XLA handler, built for version {_shown(built)} of its interface"
