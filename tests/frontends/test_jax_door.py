@@ -85,15 +85,10 @@ def test_results_have_the_bits_of_numpy(dtype: str) -> None:
     for name in ("o", "lse", "entropy"):
         same_bits(getattr(found, name), getattr(want, name))
     back = jax.jit(lambda *x: jax.vjp(partial(tj.attention, mask=tw.causal()), *x)[1](do))
-    full = tj.attention(q, k, v, mask=tw.causal())
-    assert full.dtype == dtype
-    for got, argument in zip(back(q, k, v), (q, k, v), strict=True):
-        assert got.dtype == argument.dtype
-    if dtype in ("float64", "float32"):
-        stats = want.stats
-        grads = tw.numpy.attention_vjp(do, q, k, v, want.o, stats, mask=tw.causal())
-        for got, wanted in zip(back(q, k, v), grads[:3], strict=True):
-            same_bits(got, wanted)
+    # Of 16 bits, the output before it was rounded is what was saved.
+    grads = tw.numpy.attention_vjp(do, q, k, v, want.o_full, want.stats, mask=tw.causal())
+    for got, wanted in zip(back(q, k, v), grads[:3], strict=True):
+        same_bits(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
