@@ -15,6 +15,7 @@ namespace nb = nanobind;
 namespace tilewise {
 
 void bind_attention(nb::module_& m);
+void bind_cross_entropy(nb::module_& m);
 void bind_softmax(nb::module_& m);
 
 namespace {
@@ -46,5 +47,6 @@ NB_MODULE(_core, m) {
   m.def("fma_peak", &fma_peak, nb::arg("dtype"), nb::arg("seconds"),
         "Fused multiply-adds of one core in GFLOP/s.");
   bind_attention(m);
+  bind_cross_entropy(m);
   bind_softmax(m);
 }

@@ -241,7 +241,9 @@ void gradients(const AttentionProblem& problem, bool moves) {
   schedule.bias_shared = across_batches || across_heads;
   schedule.unit_groups = unit_groups;
   schedule.query_chunks = query_chunks;
-  const bool pairs = grads.dq || grads.dk || grads.dv || grads.dbias;
+  const bool corrected = kPairs<E> && grads.dsinks;
+  if (corrected) schedule.sink_errors.resize(static_cast<size_t>(units * steps));
+  const bool pairs = grads.dq || grads.dk || grads.dv || grads.dbias || corrected;
   std::atomic<int64_t> next_head{0};
   run_parallel(threads, [&](int) {
     Current<T> current(all);
@@ -262,6 +264,11 @@ void gradients(const AttentionProblem& problem, bool moves) {
       static_cast<T*>(grads.dsinks)[h] = total + T{0};
     }
   });
+  for (int64_t i = 0; i < std::ssize(schedule.sink_errors); i++) {
+    const int64_t head = VjpBody<E>::head_of(schedule, in, i / steps, i % steps);
+    static_cast<T*>(grads.dsinks)[head] +=
+        static_cast<T>(schedule.sink_errors[static_cast<size_t>(i)]);
+  }
 }
 
 template <class E>

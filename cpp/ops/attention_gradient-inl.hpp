@@ -13,14 +13,11 @@ template <class T>
 TW_INLINE Vec<T> probability(Vec<T> s, Vec<T> m, Vec<T> log2_l) {
   return exp2<T>((s - m) - log2_l);
 }
-// p as it was in o: of pairs, with the weight exp2(s - m) rounded as the forward pass did it, so
-// that the sum of p dp over keys is the one in delta.
-template <class E>
-TW_INLINE Vec<Acc<E>> p_of_o(Vec<Acc<E>> p, Vec<Acc<E>> l, Vec<Acc<E>> inverse_l) {
-  if constexpr (kPairs<E>)
-    return rounded_to_bf16(p * l) * inverse_l;
-  else
-    return p;
+// What p has less than its like in o: of pairs, where the forward pass rounded the weight
+// exp2(s - m). The sum of p' dp over keys that is in delta has that p' = p + lack.
+template <class T>
+TW_INLINE Vec<T> lack(Vec<T> p, Vec<T> l, Vec<T> inverse_l) {
+  return fma(rounded_to_bf16(p * l), inverse_l, -p);
 }
 
 // p, 0 where masked
@@ -44,31 +41,41 @@ struct StoreWeights {
   };
 };
 
-// ds = p (dp - delta), 0 where masked
+// ds = p (dp - delta), 0 where masked; of pairs `error` gains what p' makes of it less ds
 template <class E, bool EDGE>
 struct StoreGradient {
   using T = Acc<E>;
   T* ds;
   const T *p, *delta, *l, *inverse_l;
+  T* error;
   const uint16_t* words;
   struct Column {
     const StoreGradient& e;
     int n;
-    Vec<T> delta, l, inverse_l;
+    Vec<T> delta, l, inverse_l, error;
     TW_MEMBER Column(const StoreGradient& epilogue, int reg)
         : e(epilogue), n(reg), delta(load(e.delta + n * kWidth<T>)) {
       if constexpr (kPairs<E>) {
         l = load(e.l + n * kWidth<T>);
         inverse_l = load(e.inverse_l + n * kWidth<T>);
+        error = load(e.error + n * kWidth<T>);
       }
     }
     TW_MEMBER void put(int j, Vec<T> x) {
       const int64_t at = int64_t{j} * kGradQueries + n * kWidth<T>;
-      Vec<T> d = (x - delta) * p_of_o<E>(load(e.p + at), l, inverse_l);
+      const Vec<T> w = load(e.p + at), by_delta = x - delta;
+      Vec<T> d = by_delta * w;
       if constexpr (EDGE) d = select(edge_lanes<T>(e.words, j, n), d, zero<T>());
       store(e.ds + at, d);
+      if constexpr (kPairs<E>) {
+        // where masked, w and its lack are zero but by_delta may not be finite
+        const Vec<T> more = fma(by_delta, lack<T>(w, l, inverse_l), error);
+        error = EDGE ? select(edge_lanes<T>(e.words, j, n), more, error) : more;
+      }
     }
-    TW_MEMBER void finish() {}
+    TW_MEMBER void finish() {
+      if constexpr (kPairs<E>) store(e.error + n * kWidth<T>, error);
+    }
   };
 };
 
@@ -96,11 +103,49 @@ struct QueryTile {
   // blocks of kGradWidth columns; numbers of q scaled for dk. Or pairs of neighbouring rows.
   E *q_rows, *do_rows, *tq_rows, *tdo_rows;
   T *dq, *m, *log2_l, *delta, *mu, *tdelta, *dbias;
-  // of pairs: exp(log_l) and 1 over it, the sums over keys that rounding ds took away so far, and
-  // the last key seen
-  T *l, *inverse_l, *lost;
+  // of pairs: exp(log_l) and 1 over it; the sum over keys of (p' - p) (dp - delta), in this tile of
+  // them and so far, which is what delta has too much; what ds lacks so far, and the last key seen
+  T *l, *inverse_l, *error, *delta_error, *lost;
   int64_t* last;
 };
+
+// The errors of one register of queries over a run of keys. With dropout o has the weights that
+// were kept, rounded, and is divided by the sum of all: `times` is dp then, else dp - delta.
+template <class E>
+struct LackInPairs {
+  using T = Acc<E>;
+  LackInPairs(const QueryTile<E>& t, int at, bool softcap) : capped(softcap) {
+    if constexpr (kPairs<E>) {
+      l = load(t.l + at), inverse_l = load(t.inverse_l + at);
+      error = load(t.error + at), lost = load(t.lost + at);
+    }
+  }
+  TW_MEMBER void add(Lanes<T> in, Vec<T> kept, Vec<T> times, Vec<T> tanh) {
+    if constexpr (kPairs<E>) {
+      const Vec<T> e = times * lack<T>(kept, l, inverse_l);
+      error = select(in, error + e, error);
+      if (capped) lost = select(in, fma(e, fma(-tanh, tanh, splat<T>(1)), lost), lost);
+    }
+  }
+  TW_MEMBER void store_to(QueryTile<E>* t, int at) const {
+    if constexpr (kPairs<E>) store(t->error + at, error), store(t->lost + at, lost);
+  }
+  bool capped;  // ds is multiplied by 1 - tanh^2 later
+  Vec<T> l, inverse_l, error, lost;
+};
+
+// Hands the errors of a tile of keys on: to the rounding of ds, where that is not done, and to
+// delta.
+template <class E>
+TW_INLINE void settle_errors(QueryTile<E>& t, bool softcap) {
+  using T = Acc<E>;
+  for (int q = 0; q < t.rows; q += kWidth<T>) {
+    const Vec<T> e = load(t.error + q);
+    if (!softcap) store(t.lost + q, load(t.lost + q) + e);
+    store(t.delta_error + q, load(t.delta_error + q) + e);
+    store(t.error + q, zero<T>());
+  }
+}
 
 // Weights [key][query] as sums over queries and over keys take them: in pairs of neighbours, with
 // zeros for what is not there.
@@ -124,9 +169,10 @@ TW_NOINLINE const E* of_queries(const PairMask& mask, const Acc<E>* weights, E* 
     return pairs;
   }
 }
-// Rounds ds to bf16 so that its sum over keys, often zero, stays: it is what a common part of the
-// keys is multiplied by. An eighth of what was lost so far goes to each key that the query sees,
-// which makes the rounding 3 % coarser; what is left in the end goes to the last of them.
+// Rounds ds to bf16 so that its sum over keys becomes that of p' (dp - delta), often zero: it is
+// what a common part of the keys is multiplied by. An eighth of what is lost so far goes to each
+// key that the query sees, which makes the rounding 7 % coarser; what is left in the end goes to
+// the last.
 template <class E>
 TW_NOINLINE void round_in_balance([[maybe_unused]] const PairMask& mask,
                                   [[maybe_unused]] Acc<E>* ds, [[maybe_unused]] QueryTile<E>& t,

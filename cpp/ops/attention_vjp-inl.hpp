@@ -27,7 +27,7 @@ class VjpBody {
         schedule_(schedule),
         products_move_(t_.tq || t_.tk),
         logits_move_(products_move_ || t_.tbias || t_.tsinks),
-        logits_wanted_(grads_.dq || grads_.dk || grads_.dbias),
+        logits_wanted_(grads_.dq || grads_.dk || grads_.dbias || (kPairs<E> && grads_.dsinks)),
         dp_(padded(in_.D)),
         dvp_(padded(in_.Dv)) {}
 
@@ -51,7 +51,7 @@ class VjpBody {
       tile.tdo_rows = arena.take<E>(tdo ? kLanes * (dvp_ + kGradWidth<T>) : 0);
       tile.dq = arena.take<T>(kGradQueries * dp_);
       for (T** row : {&tile.m, &tile.log2_l, &tile.delta, &tile.mu, &tile.tdelta, &tile.dbias,
-                      &tile.l, &tile.inverse_l, &tile.lost})
+                      &tile.l, &tile.inverse_l, &tile.error, &tile.delta_error, &tile.lost})
         *row = arena.take<T>(kGradQueries);
       tile.last = arena.take<int64_t>(kPairs<E> ? kGradQueries : 0);
     }
@@ -83,15 +83,18 @@ class VjpBody {
     columns_ = arena.take<T>(std::max(in_.D, in_.Dv) * kPanel);
   }
 
+  static int64_t head_of(const VjpSchedule& schedule, const AttentionInputs& in, int64_t unit,
+                         int64_t step) {
+    const int64_t heads = schedule.unit_groups * (in.H / in.Hk);
+    return unit % (in.H / heads) * heads + step / schedule.query_chunks % heads;
+  }
+
   // One query chunk of one head of batch b against all keys. Steps of a unit: batches, then query
   // heads of its KV heads, then chunks.
   void run(int64_t unit, int64_t step, int64_t b) {
-    const int64_t group = in_.H / in_.Hk, units_across = in_.Hk / schedule_.unit_groups;
-    const int64_t heads = schedule_.unit_groups * group;
-    const int64_t chunk = step % schedule_.query_chunks,
-                  head = step / schedule_.query_chunks % heads;
+    const int64_t group = in_.H / in_.Hk, chunk = step % schedule_.query_chunks;
     b_ = b;
-    h_ = unit % units_across * heads + head;
+    h_ = head_of(schedule_, in_, unit, step);
     hk_ = h_ / group;
     const Logits<T> logits(in_, b_, h_);
     logits_ = &logits;
@@ -105,17 +108,19 @@ class VjpBody {
       begin = std::min(begin, tiles_[count_].mask.key_begin);
       end = std::max(end, tiles_[count_].mask.key_end);
     }
-    first_ = head % group == 0 && chunk == 0;  // of this KV head's steps
-    last_ = head % group == group - 1 && chunk == schedule_.query_chunks - 1;
+    first_ = h_ % group == 0 && chunk == 0;  // of this KV head's steps
+    last_ = h_ % group == group - 1 && chunk == schedule_.query_chunks - 1;
     for (int64_t c = 0; c < schedule_.key_chunks; c++) key_chunk(unit, step, c, begin, end);
     if (grads_.dq)
       for (int t = 0; t < count_; t++) store_queries(tiles_[t]);
+    if (!schedule_.sink_errors.empty())
+      schedule_.sink_errors[static_cast<size_t>(unit * schedule_.steps + step)] = sink_error();
   }
 
   // -sum over batches and queries of p_sink delta, or its tangent, after `total`: batches in order,
   // queries in 16 lanes
   T sink_gradient(int64_t h, T total) {
-    const T z = *in_.sinks.at<T>(0, h) * static_cast<T>(kLog2e);
+    const T z = sink(h);
     const T tz = t_.tsinks ? static_cast<const T*>(t_.tsinks)[h] : T{0};
     if (z == -std::numeric_limits<T>::infinity()) return 0;
     h_ = h;
@@ -132,8 +137,7 @@ class VjpBody {
         row_terms(t, 0, n);
         for (int v = 0; v < kRegs<T>; v++) {
           const int at = v * kWidth<T>;
-          const Vec<T> x = (set1(z) - load(t.m + at)) - load(t.log2_l + at);
-          const Vec<T> p = exp2<T>(-max(zero<T>(), -x));
+          const Vec<T> p = sink_probability(t, z, at);
           const int have = std::max(0, std::min(n - at, kWidth<T>));
           Vec<T> term = load(t.delta + at);
           if (second_) term = fma(set1(tz) - load(t.mu + at), term, load(t.tdelta + at));
@@ -147,6 +151,25 @@ class VjpBody {
 
  private:
   static inline const AttentionTangents kNoTangents{};
+
+  T sink(int64_t h) const { return *in_.sinks.at<T>(0, h) * static_cast<T>(kLog2e); }
+  static Vec<T> sink_probability(const QueryTile<E>& t, T z, int at) {
+    const Vec<T> x = (set1(z) - load(t.m + at)) - load(t.log2_l + at);
+    return exp2<T>(-max(zero<T>(), -x));
+  }
+  // What the error of delta took from the sink's gradient in this chunk of queries.
+  T sink_error() const {
+    T total = 0;
+    const T z = sink(h_);
+    if (z == -std::numeric_limits<T>::infinity()) return 0;
+    for (int i = 0; i < count_; i++)
+      for (int r = 0; r < tiles_[i].rows; r++) {
+        const QueryTile<E>& t = tiles_[i];
+        const int lane = r % kWidth<T>;
+        total += sink_probability(t, z, r - lane)[lane] * t.delta_error[r];
+      }
+    return total;
+  }
 
   static int64_t padded(int64_t columns) { return (columns + kGroup - 1) / kGroup * kGroup; }
 
@@ -173,7 +196,7 @@ class VjpBody {
     if (tdo) blocks(tdo, in_.Dv, t, T{1}, t.tdo_rows);
     std::memset(t.dq, 0, sizeof(T) * static_cast<size_t>(kGradQueries * dp_));
     std::memset(t.dbias, 0, sizeof(T) * kGradQueries);
-    std::memset(t.lost, 0, sizeof(T) * kGradQueries);
+    for (T* sums : {t.error, t.delta_error, t.lost}) std::memset(sums, 0, sizeof(T) * kGradQueries);
   }
 
   static int64_t lanes_at(int g, int64_t columns) {
@@ -381,6 +404,8 @@ class VjpBody {
     for (int p = 0; p * kPanel < t.rows; p++) panel(t, p, k0, row);
     if (schedule_.bias != BiasGradient::kNone) add_bias(t, k0, keys, row);
     if (logits_->softcap && logits_wanted_) through_softcap();
+    if constexpr (kPairs<E>)
+      if (!second_) settle_errors(t, logits_->softcap);
     add_products(t, k0, row);
   }
 
@@ -474,7 +499,8 @@ class VjpBody {
               product_scale<E>(*logits_));
     if (logits_wanted_)
       scores<E>(v, dvp_ / kP, t.do_lanes + int64_t{at} * Dv, Dv,
-                StoreGradient<E, EDGE>{ds, prob, t.delta + at, t.l + at, t.inverse_l + at, words},
+                StoreGradient<E, EDGE>{ds, prob, t.delta + at, t.l + at, t.inverse_l + at,
+                                       t.error + at, words},
                 s);
   }
 
@@ -515,28 +541,23 @@ class VjpBody {
                                           int n) {
     const Lane lane(*this, t, p, k0, n);
     const uint16_t* words = mask_.words(p);
+    LackInPairs<E> errors(t, lane.at, logits_->softcap);
     for (int j = s.ja; j < s.jb; j++) {
       const int64_t at = int64_t{j} * kGradQueries + lane.at;
-      Vec<T> slope = zero<T>(), dp = load(ds_ + at);
-      Vec<T> w = weight(lane, j, n, load(p_ + at), &slope), kept = w;
-      if (dropout_->on) {
-        const Vec<T> f = load(factors_ + int64_t{j} * kPanel + n * kWidth<T>);
-        kept = w * f;
-        dp = dp * f;
-      }
-      // with dropout o has other weights: those that were kept
-      if (!dropout_->on) w = p_of_o<E>(w, load(t.l + lane.at), load(t.inverse_l + lane.at));
-      Vec<T> d = (dp - lane.delta) * w;
-      if (s.edge) {
-        const Lanes<T> in = edge_lanes<T>(words, j, n);
-        kept = select(in, kept, zero<T>());
-        d = select(in, d, zero<T>());
-        slope = select(in, slope, zero<T>());
-      }
+      const Vec<T> dp = load(ds_ + at);
+      Vec<T> slope = zero<T>(), factor = splat<T>(1);
+      const Vec<T> w = weight(lane, j, n, load(p_ + at), &slope);
+      if (dropout_->on) factor = load(factors_ + int64_t{j} * kPanel + n * kWidth<T>);
+      Vec<T> kept = w * factor, d = (dp * factor - lane.delta) * w;
+      const Lanes<T> in = s.edge ? edge_lanes<T>(words, j, n) : lanes<T>(0xffff);
+      errors.add(in, kept, dropout_->on ? dp : dp - lane.delta, slope);
+      if (s.edge)
+        for (Vec<T>* x : {&kept, &d, &slope}) *x = select(in, *x, zero<T>());
       store(p_ + at, kept);
       store(ds_ + at, d);
       if (logits_->softcap) store(tanh_ + at, slope);
     }
+    errors.store_to(&t, lane.at);
   }
 
   // In: raw products s, dp, their tangents in tds and tp. Out: p and tp with dropout, ds, tds.

@@ -7,13 +7,6 @@
 
 namespace tilewise {
 
-struct View3 {  // (outer, column, inner); a row runs along the columns
-  const void* data = nullptr;
-  int64_t outer = 0, column = 0, inner = 0;
-  Storage storage = Storage::kFloat32;
-  explicit operator bool() const { return data != nullptr; }
-};
-
 // Null where absent, zero or not wanted. Numbers of rows, (outer, inner), have the type that is
 // computed with.
 struct SoftmaxProblem {

@@ -27,6 +27,8 @@ class VjpSchedule {
   BiasGradient bias = BiasGradient::kNone;
   bool bias_shared = false;  // several heads or batches add to one dbias
   int64_t unit_groups = 1, query_chunks = 1;
+  // of each step, where delta has an error that the gradient of the sinks must not have
+  std::vector<float> sink_errors;
 
   // Neighbouring tasks belong to different units where there are several. False when all are taken.
   bool take(int64_t* unit, int64_t* step) {

@@ -11,6 +11,13 @@ constexpr int64_t bytes_of(Storage s) {
   return s == Storage::kFloat64 ? 8 : s == Storage::kFloat32 ? 4 : 2;
 }
 
+struct View3 {  // (outer, column, inner); a row runs along the columns
+  const void* data = nullptr;
+  int64_t outer = 0, column = 0, inner = 0;
+  Storage storage = Storage::kFloat32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
 struct View4 {  // (batch, head, row, column)
   const void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0, column = 1;

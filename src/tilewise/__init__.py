@@ -46,6 +46,7 @@ __all__ = [
     "attention_varlen",
     "causal",
     "chunked",
+    "cross_entropy",
     "dense",
     "documents",
     "get_num_threads",
@@ -118,6 +119,27 @@ def attention_varlen(
     if not hasattr(frontend, "attention_varlen"):
         raise unsupported("attention_varlen", "JAX has no packed sequences; tilewise.documents has")
     return frontend.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+
+
+def cross_entropy(logits: Any, targets: Any, **options: Any) -> Any:
+    """Compute the cross-entropy of logits with the frontend of the array's own type.
+
+    Formula: `loss = sum t (log sum exp(logits) - logits)` with the weights t of the target.
+
+    Args:
+        logits: Any shape with an axis of classes, by default the last; float64, float32, bfloat16
+            or float16. A NumPy array or a PyTorch tensor.
+        targets: Class indices, integers in the shape of the logits without the classes, or class
+            probabilities in their shape.
+        **options: As in `tilewise.numpy.cross_entropy` or `tilewise.torch.cross_entropy`.
+
+    Returns:
+        The loss, or a NamedTuple where more was asked for.
+
+    Raises:
+        TypeError: No frontend knows the type of the logits.
+    """
+    return _frontend("cross_entropy", logits, "logits").cross_entropy(logits, targets, **options)
 
 
 def softmax(x: Any, *axis: Any, **options: Any) -> Any:

@@ -26,6 +26,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "tilewise.ops.attention.cpu",
         "reference": "tilewise.ops.attention.reference",
     },
+    "cross_entropy": {
+        "cpu": "tilewise.ops.cross_entropy.cpu",
+        "reference": "tilewise.ops.cross_entropy.reference",
+    },
     "softmax": _SOFTMAX,
     "log_softmax": _SOFTMAX,
     "logsumexp": _SOFTMAX,

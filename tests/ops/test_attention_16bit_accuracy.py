@@ -138,3 +138,35 @@ def test_lse_has_the_digits_of_float32(target: str, N: int) -> None:
     lse = tw.attention(q, k, v, return_lse=True).lse
     s = q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2) / 8
     np.testing.assert_allclose(lse, np.logaddexp.reduce(s, axis=-1), rtol=2e-6)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "dropout": {"dropout_p": 0.2, "seed": 7},
+    "softcap": {"softcap": 5.0},
+    "sinks": {"sinks": np.array([0.5, 2, -1])},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("mean", [0, 10])
+def test_a_mean_of_keys_costs_no_digits(target: str, mean: float, options: dict[str, Any]) -> None:
+    """What keys have in common is multiplied by the sum of ds, which rounding must not change."""
+    rng = np.random.default_rng(3)
+    q, k, v, do = (round_to(rng.standard_normal((1, 3, 307, 32)), BFLOAT16) for _ in range(4))
+    k = round_to(k.astype(np.float64) + mean, BFLOAT16)
+    if "softcap" in options:
+        q = round_to(q.astype(np.float64) / 8, BFLOAT16)  # of logits that the cap leaves apart
+    options = {"mask": tw.causal(), **options}
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    r = tw.attention(*wide, return_stats=True, **options)
+    exact = tw.numpy.attention_vjp(do.astype(np.float64), *wide, r.o, r.stats, **options)
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].astype(np.float32)
+    r = tw.attention(q, k, v, return_stats=True, **options)
+    got = tw.numpy.attention_vjp(do, q, k, v, r.o_full, r.stats, **options)
+    for name in ("dq", "dk", "dv"):
+        right, found = getattr(exact, name), getattr(got, name)
+        assert rms(found - right) <= 2 * rms(round_to(right, BFLOAT16) - right), name
+    if exact.dsinks is not None:
+        assert rms(got.dsinks - exact.dsinks) <= 2**-8 * rms(exact.dsinks)

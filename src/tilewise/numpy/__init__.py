@@ -1,6 +1,7 @@
 """tilewise for NumPy arrays."""
 
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
+from tilewise.ops.cross_entropy.spec import EntropyGrads, EntropyStats, EntropyTangents
 from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
 from .attention import (
@@ -10,6 +11,13 @@ from .attention import (
     attention_jvp,
     attention_vjp,
     attention_vjp_jvp,
+)
+from .cross_entropy import (
+    CrossEntropyResult,
+    cross_entropy,
+    cross_entropy_jvp,
+    cross_entropy_vjp,
+    cross_entropy_vjp_jvp,
 )
 from .softmax import (
     LogSoftmaxResult,
@@ -32,6 +40,10 @@ from .varlen import (
 __all__ = [
     "AttentionGrads",
     "AttentionResult",
+    "CrossEntropyResult",
+    "EntropyGrads",
+    "EntropyStats",
+    "EntropyTangents",
     "LogSoftmaxResult",
     "OutputTangents",
     "RowStats",
@@ -49,6 +61,10 @@ __all__ = [
     "attention_varlen_vjp_jvp",
     "attention_vjp",
     "attention_vjp_jvp",
+    "cross_entropy",
+    "cross_entropy_jvp",
+    "cross_entropy_vjp",
+    "cross_entropy_vjp_jvp",
     "log_softmax",
     "logsumexp",
     "softmax",

@@ -1,1 +1,1 @@
-"""Mathematics that two or more operators use unchanged."""
+"""What two or more operators use unchanged."""

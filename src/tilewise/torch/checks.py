@@ -1,4 +1,4 @@
-"""What the functions of attention check of their tensors, and the seed of the dropout."""
+"""What the functions check of their tensors, and the seed of the dropout."""
 
 from __future__ import annotations
 
@@ -78,6 +78,25 @@ def _first(operator: str, q: Tensor) -> torch.dtype:
     if not q.is_cpu and q.device.type != "meta":
         raise unsupported(operator, f"there is no implementation for device {q.device} yet")
     return dtype
+
+
+def check_first(operator: str, name: str, x: Any) -> None:
+    """Check the tensor that settles dtype and device of a call."""
+    if not isinstance(x, Tensor):
+        raise type_error(operator, name, "be a torch.Tensor", type(x).__name__)
+    if x.is_nested or x.layout is not torch.strided:
+        got = "a nested tensor" if x.is_nested else str(x.layout)
+        raise type_error(operator, name, "be a dense tensor", got)
+    if x.dtype not in _DTYPES:
+        raise type_error(operator, name, f"have dtype {listed(FLOATS)}", shown(x.dtype))
+    if not x.is_cpu and x.device.type != "meta":
+        raise unsupported(operator, f"there is no implementation for device {x.device} yet")
+
+
+def check_device(operator: str, name: str, tensor: Tensor, x: Tensor, first: str = "x") -> None:
+    """Check that a tensor is where the first one is."""
+    if tensor.device != x.device:
+        raise value_error(operator, name, f"be on {x.device} (as {first})", str(tensor.device))
 
 
 def shown(dtype: torch.dtype) -> str:

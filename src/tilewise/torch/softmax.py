@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
-from tilewise.base.dtypes import FLOATS, NARROW, bfloat16, listed
-from tilewise.base.errors import type_error, unsupported, value_error
+from tilewise.base.dtypes import NARROW, bfloat16
+from tilewise.base.errors import type_error, value_error
 from tilewise.dispatch import choose
 from tilewise.ops.softmax.record import FLAT, KINDS, forward_into
 from tilewise.ops.softmax.spec import (
@@ -29,8 +29,8 @@ from tilewise.ops.softmax.spec import (
     sink_number,
 )
 
-from .autodiff import _array, forward, is_traced, register
-from .checks import shown
+from .autodiff import _array, forward, is_plain, is_traced, register
+from .checks import check_device, check_first, shown
 
 for _operator in FLAT.values():
     register(_operator)
@@ -38,9 +38,7 @@ for _operator in FLAT.values():
 Dim: TypeAlias = int | tuple[int, ...] | None
 Mask: TypeAlias = Tensor | NDArray[np.bool_] | None
 
-_DTYPES = tuple([getattr(torch, name) for name in FLOATS])
 _NARROW = tuple([getattr(torch, name) for name in NARROW])
-_PLAIN = (Tensor, torch.nn.Parameter)
 _NO_DIM: Any = object()
 
 
@@ -264,7 +262,7 @@ def logsumexp(
         `tilewise.ops.softmax.spec.error_bound` bounds the error and derives the bound.
     """
     name = "logsumexp"
-    _check_x(name, x)
+    check_first(name, "x", x)
     rows = _rows(name, x, _dim(name, dim, axis, None))
     (lse,) = _outputs(name, x, rows, temperature, where, sink, implementation)
     lse = lse.reshape(rows.row_shape)
@@ -302,11 +300,11 @@ def _call(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return y or log_y, and lse where it is wanted."""
-    _check_x(name, x)
+    check_first(name, "x", x)
     rows = _rows(name, x, dim)
     if out is not None:
         _check_out(name, out, x, sink)
-        if _is_plain(x, out, where, sink):
+        if is_plain(x, out, where, sink):
             return _write(name, x, rows, temperature, where, sink, out, return_lse, implementation)
     y, lse = _outputs(name, x, rows, temperature, where, sink, implementation)
     y = y.reshape([rows.shape[k] for k in rows.order])
@@ -346,7 +344,7 @@ def _where(name: str, where: Any, x: Tensor, rows: Rows) -> Tensor:
         raise type_error(name, "where", "be a boolean tensor", type(where).__name__)
     if where.dtype is not torch.bool:
         raise type_error(name, "where", "have dtype bool", shown(where.dtype))
-    _check_device(name, "where", where, x)
+    check_device(name, "where", where, x)
     check_broadcast(name, "where", tuple(where.shape), rows.shape, "x")
     where = where.reshape((1,) * (x.ndim - where.ndim) + tuple(where.shape))
     given, grown, sizes = where.shape, [], []
@@ -368,26 +366,9 @@ def _sink(name: str, sink: Any, x: Tensor, rows: Rows) -> Tensor:
         more = "" if wide is x.dtype else " or float32"
         requirement = f"have dtype {shown(x.dtype)} (from x){more}"
         raise type_error(name, "sink", requirement, shown(sink.dtype))
-    _check_device(name, "sink", sink, x)
+    check_device(name, "sink", sink, x)
     check_broadcast(name, "sink", tuple(sink.shape), rows.row_shape, "the rows")
     return sink.to(wide).expand(rows.row_shape).reshape(A, I)
-
-
-def _check_x(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise type_error(name, "x", "be a torch.Tensor", type(x).__name__)
-    if x.is_nested or x.layout is not torch.strided:
-        got = "a nested tensor" if x.is_nested else str(x.layout)
-        raise type_error(name, "x", "be a dense tensor", got)
-    if x.dtype not in _DTYPES:
-        raise type_error(name, "x", f"have dtype {listed(FLOATS)}", shown(x.dtype))
-    if not x.is_cpu and x.device.type != "meta":
-        raise unsupported(name, f"there is no implementation for device {x.device} yet")
-
-
-def _check_device(name: str, argument: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise value_error(name, argument, f"be on {x.device} (as x)", str(tensor.device))
 
 
 def _check_out(name: str, out: Any, x: Tensor, sink: Any) -> None:
@@ -396,7 +377,7 @@ def _check_out(name: str, out: Any, x: Tensor, sink: Any) -> None:
     if out.dtype is not x.dtype:
         requirement = f"have dtype {shown(x.dtype)} (from x)"
         raise type_error(name, "out", requirement, shown(out.dtype))
-    _check_device(name, "out", out, x)
+    check_device(name, "out", out, x)
     if out.shape != x.shape:
         requirement = f"have shape {tuple(x.shape)} (from x)"
         raise value_error(name, "out", requirement, tuple(out.shape))
@@ -409,14 +390,6 @@ def _is_differentiated(tensor: Tensor) -> bool:
     if tensor.requires_grad and torch.is_grad_enabled():
         return True
     return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _is_plain(*given: Any) -> bool:
-    """Return whether the memory of tensors can be read and written here and now."""
-    if is_traced():
-        return False
-    tensors = [t for t in given if isinstance(t, Tensor)]
-    return all([type(t) in _PLAIN and t.is_cpu and not t.is_neg() for t in tensors])
 
 
 def _write(

@@ -53,9 +53,6 @@ _EXACTLY = ("lse", "max_logit")
 _ALL = Want(lse=True, max_logit=True, entropy=True)
 _OF_INPUT = {"dbias": "bias", "tdbias": "bias", "dsinks": "sinks", "tdsinks": "sinks"}
 _NO_DIGITS = 0.1
-# Where bfloat16 has more than twice: dq and dk meet the rounding of p, of ds and their own, 1.7 of
-# one, and more in few rows; dsinks is a sum in which much cancels. Fitted to measured kernels.
-TIMES = {"dq": 2.5, "dk": 2.5, "dsinks": 6.0}
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,7 @@ class Oracle:
         largest = max(self.plain[name], self.noise[name])
         if not is_narrow(self.rounded[name]):
             return largest + self.unit
-        times = TIMES.get(name, 2.0) if self.rounded[name].name == "bfloat16" else 2.0
-        return times * largest
+        return 2.0 * largest
 
     def unfit(self, name: str) -> str:
         """Return why a result of 16 bits means nothing, or an empty text."""

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from tilewise.shared.rows import (
+    Rows,
+    axes_of,
+    inverse,
+    known_rows_in_order,
+    rows_along,
+    rows_in_order,
+)
+
 from .bounds import error_bound
 from .calls import (
     CotangentCall,
@@ -28,7 +37,6 @@ from .checks import (
     prepare_vjp_jvp,
     sink_number,
 )
-from .rows import Rows, axes_of, inverse, known_rows_in_order, rows_along, rows_in_order
 
 ALL_NEEDED = Needed()
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from tilewise.base.dtypes import FLOAT32, FLOATS, check_tensor, is_narrow, round_to
 from tilewise.base.errors import type_error, value_error
 from tilewise.base.operator import Number
+from tilewise.shared.memory import check_out
+from tilewise.shared.rows import Array, axes_of, rows_along
 
 from .calls import CotangentCall, SecondCall, SoftmaxCall, SoftmaxStats, TangentCall
-from .rows import Array, axes_of, rows_along
 
 # The reciprocal and its product with log2(e) stay normal numbers in float32.
 TEMPERATURE = Number("temperature", 1e-15, 1e15, "what x is divided by")
@@ -89,19 +90,8 @@ class Problem:
 
     def out(self, value: object) -> Array:
         """Return the array for the result after checking that it can be written."""
-        array = check_tensor(self.name, "out", value, self.x.dtype, "x")
-        if array.shape != self.x.shape:
-            raise self._shape_error("out", self.x.shape, array)
-        if not array.flags.writeable:
-            raise value_error(self.name, "out", "be writable", "a read-only array")
-        if any(n > 1 and step == 0 for n, step in zip(array.shape, array.strides, strict=True)):
-            raise value_error(self.name, "out", "not overlap itself", f"strides {array.strides}")
-        if not _same_memory(array, self.x) and overlap(array, self.x):
-            raise value_error(self.name, "out", "be x itself or not overlap it", "a part of it")
-        for name, other in (("where", self.call.where), ("sink", self.call.sink)):
-            if other is not None and overlap(array, other):
-                raise value_error(self.name, "out", f"not overlap {name}", "a part of it")
-        return array
+        others = {"where": self.call.where, "sink": self.call.sink}
+        return check_out(self.name, "out", value, self.x, "x", others)
 
     def dsink(self, dsink: Array | None) -> Array | None:
         """Return the gradient of the sink in its shape, summed where it was repeated."""
@@ -241,18 +231,3 @@ def check_broadcast(
     )
     if not fits:
         raise value_error(name, argument, f"broadcast to the shape {shape} of {whose}", got)
-
-
-def overlap(a: Array, b: Array) -> bool:
-    """Return whether two arrays share memory, or may where that takes long to find out."""
-    try:
-        return np.shares_memory(a, b, max_work=1000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-def _same_memory(a: Array, b: Array) -> bool:
-    return (
-        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-        and a.strides == b.strides
-    )

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 
-def axes_of(name: str, argument: str, axis: object, ndim: int) -> Shape:
+def axes_of(name: str, argument: str, axis: object, ndim: int, array: str = "x") -> Shape:
     """Return axes in ascending order, counted from 0; None is all of them.
 
     Args:
@@ -26,6 +26,7 @@ def axes_of(name: str, argument: str, axis: object, ndim: int) -> Shape:
         argument: Name of the argument.
         axis: An integer, a tuple or list of integers, or None.
         ndim: Number of dimensions of the array. One without dimensions has an axis of one entry.
+        array: Name of the array.
 
     Raises:
         TypeError: It is none of these.
@@ -37,7 +38,7 @@ def axes_of(name: str, argument: str, axis: object, ndim: int) -> Shape:
     for one in axis if isinstance(axis, tuple | list) else (axis,):
         at, count = _integer(name, argument, one), max(ndim, 1)
         if not -count <= at < count:
-            requirement = f"be from {-count} to {count - 1}, for x has {ndim} dimensions"
+            requirement = f"be from {-count} to {count - 1}, for {array} has {ndim} dimensions"
             raise value_error(name, argument, requirement, at)
         found.append(at % count)
     if len(set(found)) < len(found):
