@@ -115,8 +115,11 @@ def _axes(aval: Any) -> frozenset[Any]:
 def _abstract(*avals: Any, function: Function) -> list[Any]:
     """Return shapes and dtypes of the results; for wrong shapes of inputs, the operator's error."""
     arguments = function.spread(avals)
-    operator, first, extra = function.operator, arguments[function.first], None
-    extra = function.leading(arguments)
+    operator, first, extra = (
+        function.operator,
+        arguments[function.first],
+        function.leading(arguments),
+    )
     leading = jnp.broadcast_shapes(*[a.shape[:extra] for a in avals])
     if function.kind == "forward":
         inputs = [None if a is None else tuple(a.shape[extra:]) for a in arguments]
@@ -313,6 +316,9 @@ def _vmap(arguments: Arrays, dims: Arrays, *, function: Function) -> tuple[list[
 
 
 def _lower(context: Any, *operands: Any, function: Function) -> Any:
+    if function.kind == FORWARD_TWICE and function.operator.jvp_jvp is None:
+        raise unsupported(function.name, "forward mode over forward mode is not provided")
+
     def program(*given: Any) -> Any:
         return emit(function, context.avals_out, *given)
 
