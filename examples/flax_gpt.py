@@ -30,7 +30,7 @@ COLOURS = {"tilewise": "#d1495b", "Flax": "#30638e"}
 class Settings(NamedTuple):
     """Everything that a run depends on."""
 
-    steps: int = 200
+    steps: int = 150
     context: int = 512
     batch: int = 4
     layers: int = 2

@@ -100,10 +100,11 @@ def quickly(f: Callable[..., Any], x: tuple[Any, ...]) -> Any:
     return jax.jit(f).lower(x).compile(options)(x)
 
 
-@pytest.mark.parametrize("kind", ["classes", "probabilities"])
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_transformation_agrees_with_the_textbook(option: str, kind: str) -> None:
-    x = (LOGITS,) if kind == "classes" else (LOGITS, PROBABILITIES)
+CASES = [*((option, (LOGITS,)) for option in OPTIONS), ("everything", (LOGITS, PROBABILITIES))]
+
+
+@pytest.mark.parametrize(("option", "x"), CASES)
+def test_every_transformation_agrees_with_the_textbook(option: str, x: tuple[Any, ...]) -> None:
     found = quickly(partial(every, partial(door, **OPTIONS[option])), x)
     wanted = quickly(partial(every, partial(textbook, **OPTIONS[option])), x)
     for transformation in found:

@@ -87,7 +87,6 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
         {"mask": tw.lengths(LENGTHS)},
         {"seen": np.arange(NK) < LENGTHS[:, None, None, None]},
     ),
-    "fewer key heads": (GROUPED, {}, {}),
     "bias": ((*PLAIN, BIAS), {}, {}),
     "softcap": (PLAIN, {"softcap": 1.5}, {"softcap": 1.5}),
     "alibi slopes": (PLAIN, {"alibi_slopes": SLOPES}, {"slopes": SLOPES}),
@@ -97,7 +96,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
         {"dropout_p": 0.25, "seed": 2**40 + 3},
         {"keep": kept_pairs(0.25, 2**40 + 3)},
     ),
-    "layout": (PLAIN, {"layout": "bnhd"}, {}),
+    "layout, fewer key heads": (GROUPED, {"layout": "bnhd"}, {}),
     "everything": (
         (*GROUPED, BIAS, SINKS),
         {"mask": SEEN, "softcap": 2.0, "alibi_slopes": SLOPES},
