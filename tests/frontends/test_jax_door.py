@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -259,8 +261,21 @@ def test_host_callbacks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
         same_bits(got, np.asarray(wanted))
 
 
-def mesh(name: str = "b") -> Any:
-    return jax.make_mesh((2,), (name,), axis_types=(AxisType.Auto,))
+@COMPILED
+def test_a_handler_for_a_newer_xla_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "_api_of_jaxlib", lambda: (0, 0))
+    used, how = execution._load()
+    assert not used and re.search(r"was built for version 0\.\d, jaxlib has 0\.0$", how)
+
+
+def test_without_the_compiled_module_there_are_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tilewise._xla", None)
+    used, how = execution._load()
+    assert not used and how == "host callbacks: tilewise was built without XLA's headers"
+
+
+def mesh() -> Any:
+    return jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
