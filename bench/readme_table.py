@@ -2,6 +2,7 @@
 
 tilewise bench attention --suite full --json bench/results/attention.json
 tilewise bench attention --suite train --json bench/results/train.json
+tilewise bench attention --suite jax --json bench/results/jax.json
 tilewise bench attention --derivatives --json bench/results/derivatives.json
 tilewise bench softmax --json bench/results/softmax.json
 python bench/readme_table.py bench/results/*.json
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "ops" / "softmax.md")
+_DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", _DOCS / "benchmark.md", _DOCS / "jax.md", _DOCS / "ops" / "softmax.md")
 READ = "plain read"
 Timings = dict[str, dict[str, Any]]
 
@@ -81,7 +83,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     heads = ["milliseconds", *names]
     heads += ["GB/s", "of a plain read"] if any(map(reads, runs)) else ["of peak"]
-    heads += ["in units of its own"] * bool(memory(result))
+    heads += ["in units of its own"] * any(run["case"].get("derivatives") for run in runs)
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     several = "," in result["dtype"]
     for run in runs:
@@ -199,9 +201,9 @@ def space_cell(figures: dict[str, Any]) -> str:
 
 def marker(result: dict[str, Any]) -> str:
     """Return the name between whose markers a table goes."""
-    if result.get("memory"):
-        return "derivatives"
     suite = result.get("suite", "full")
+    if result.get("memory") and suite in (None, "full"):
+        return "derivatives"
     return "bench" if suite in ("quick", "full") else f"bench-{suite}"
 
 

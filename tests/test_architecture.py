@@ -41,7 +41,7 @@ PLACES = {
 OPTIONAL = {"torch", "jax", "transformers", "scipy", "matplotlib", "pytest"}
 
 # Except in the frontend of a framework, which is itself imported where it is used.
-FRONTENDS = {"torch": ("tilewise.torch",)}
+FRONTENDS = {"torch": ("tilewise.torch",), "jax": ("tilewise.jax",)}
 
 CPP_LAYERS = {
     "simd": {"simd"},

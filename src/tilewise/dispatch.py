@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.base.errors import unsupported, value_error
+from tilewise.base.memory import empty
 from tilewise.base.operator import Arrays, FlatOperator, Implementation
 
 _SOFTMAX = {
@@ -115,7 +116,7 @@ def evaluate(
         part = [None if a is None else _part(a, index, extra) for a in arrays]
         results = _evaluate_one(operator, kind, part, options, needed)
         if not out:
-            out = [None if r is None else np.empty((*leading, *r.shape), r.dtype) for r in results]
+            out = [None if r is None else empty((*leading, *r.shape), r.dtype) for r in results]
         for whole, result in zip(out, results, strict=True):
             if whole is not None and index is not None:
                 whole[index] = result

@@ -257,7 +257,7 @@ def test_failed_case_ends_with_status_1(app: typer.Typer, monkeypatch: pytest.Mo
     ("options", "words"),
     [
         (("--dtype", "int8"), "--dtype must be float64, float32, bfloat16 or float16"),
-        (("--suite", "huge"), "--suite must be quick, full, train, decode, masks or varlen"),
+        (("--suite", "huge"), "--suite must be quick, full, train, decode, masks, varlen or jax"),
         (("--peer", "nobody"), "--peer must be part of one of the names tilewise.torch, PyTorch"),
         (("--derivatives", "--dtype", "float64"), "--derivatives takes float32 alone"),
         (("--json", "/nonexistent/figures.json"), "cannot be written"),

@@ -55,7 +55,7 @@ def attention(
         typer.Option("--n", min=1, help="Time N queries and keys instead of a suite; repeatable."),
     ] = None,
     suite: Annotated[
-        str, typer.Option("--suite", help="quick, full, train, decode, masks or varlen.")
+        str, typer.Option("--suite", help="quick, full, train, decode, masks, varlen or jax.")
     ] = "quick",
     small_sizes: Annotated[
         bool, typer.Option("--quick", help="Lengths of the suite divided by 64, for a try.")
@@ -110,7 +110,7 @@ def attention(
         _check_matplotlib()
     chosen = SUITES["quick"] if derivatives or n else SUITES[suite]
     cases: tuple[Case, ...] = CASES if derivatives else chosen.cases
-    whole: tuple[Case, ...] = (MEMORY_CASE,) if derivatives else ()
+    whole: tuple[Case, ...] = (MEMORY_CASE,) if derivatives else chosen.memory
     if n:
         sizes: dict[str, Any] = {"B": batch, "H": heads, "D": head_dim}
         sizes |= {"causal": causal, "window": window, "derivatives": derivatives}

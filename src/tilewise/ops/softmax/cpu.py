@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tilewise import _core
 from tilewise.base.dtypes import is_narrow, storage_of
+from tilewise.base.memory import empty
 from tilewise.base.operator import Implementation
 
 from .spec import (
@@ -69,11 +70,11 @@ def vjp_jvp(call: SoftmaxCall, second: SecondCall, needed: Needed = ALL_NEEDED) 
 def _whole(call: SoftmaxCall, wanted: bool, out: Array | None = None) -> Array | None:
     if not wanted:
         return None
-    return np.empty(call.x.shape, call.dtype) if out is None else out
+    return empty(call.x.shape, call.dtype) if out is None else out
 
 
 def _rows(call: SoftmaxCall, wanted: bool) -> Array | None:
-    return np.empty(call.row_sizes, call.compute_dtype) if wanted else None
+    return empty(call.row_sizes, call.compute_dtype) if wanted else None
 
 
 def _gradients(call: SoftmaxCall, needed: Needed) -> dict[str, Array | None]:
