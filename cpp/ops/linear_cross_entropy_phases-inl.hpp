@@ -9,7 +9,7 @@
 
 #include "simd/begin.hpp"
 
-constexpr int kTileClasses = kChainClasses / 2;  // classes of a task
+constexpr int kTileClasses = kChainClasses;  // classes of a task
 constexpr int kTileBits = kTileClasses / kFilledClasses;
 static_assert(kTileBits <= 16 && kTileClasses % kFilledClasses == 0);
 

@@ -10,7 +10,7 @@
 #include "simd/begin.hpp"
 
 constexpr int kChainColumns = 256;  // elements of a chain of a logit
-constexpr int kChainClasses = 384;  // terms of a chain of dh
+constexpr int kChainClasses = 192;  // terms of a chain of dh
 constexpr int kChainPanels = 4;     // panels of tokens of a chain of dW
 constexpr int kChainTokens = kChainPanels * kPanel;
 template <class E>
