@@ -2,7 +2,9 @@
 
 tilewise bench attention --suite full --json bench/results/attention.json
 tilewise bench attention --suite train --json bench/results/train.json
+tilewise bench attention --suite jax --json bench/results/jax.json
 tilewise bench attention --derivatives --json bench/results/derivatives.json
+tilewise bench softmax --json bench/results/softmax.json
 python bench/readme_table.py bench/results/*.json
 
 A page has `<!-- NAME:start -->` and `<!-- NAME:end -->` around a table, where NAME is `bench`,
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmark.md")
+_DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", _DOCS / "benchmark.md", _DOCS / "jax.md", _DOCS / "ops" / "softmax.md")
 READ = "plain read"
 Timings = dict[str, dict[str, Any]]
 
@@ -67,7 +70,7 @@ def reads(run: dict[str, Any]) -> bool:
 
 def threads_of(run: dict[str, Any]) -> list[int]:
     """The numbers of threads of a case."""
-    return list(dict.fromkeys(t["threads"] for t in run["timings"]))
+    return list(dict.fromkeys(t.get("threads", run["threads"][0]) for t in run["timings"]))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -80,7 +83,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     heads = ["milliseconds", *names]
     heads += ["GB/s", "of a plain read"] if any(map(reads, runs)) else ["of peak"]
-    heads += ["in units of its own"] * bool(memory(result))
+    heads += ["in units of its own"] * any(run["case"].get("derivatives") for run in runs)
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     several = "," in result["dtype"]
     for run in runs:
@@ -92,6 +95,29 @@ def table(result: dict[str, Any]) -> str:
         if run["case"]["threads"]:
             lines.append(gain(run))
     return "\n".join([*lines, *memory(result)]) + "\n"
+
+
+def rows_table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of operators of rows: one line for each case."""
+    runs = result["runs"]
+    names = list(dict.fromkeys(t["contender"] for run in runs for t in run["timings"]))
+    heads = ["milliseconds", *names, "of memcpy"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for run in runs:
+        own = {t["contender"]: t for t in run["timings"]}
+        cells = [cell(own, name, names[0]) for name in names]
+        share = own[names[0]]["share_of_copy"]
+        cells.append("-" if share is None else f"{100 * share:.0f} %")
+        lines.append(f"| {run['case']['name']} | {' | '.join(cells)} |")
+        if run["case"]["memory"]:
+            sizes = [f"{own[n]['extra_bytes'] / 2**20:.1f}" if n in own else "-" for n in names]
+            lines.append(f"| MiB beside inputs and outputs | {' | '.join([*sizes, ''])} |")
+    lines += ["", below({**result, "dtype": "float32 unless said otherwise"}, runs)]
+    lines.append(
+        f"In brackets: the time over that of {names[0]}, median of alternating turns. Of memcpy: "
+        "bytes read and written per second over the copy's."
+    )
+    return "\n".join([*lines, *absent(runs)]) + "\n"
 
 
 def absent(runs: list[dict[str, Any]]) -> list[str]:
@@ -175,9 +201,9 @@ def space_cell(figures: dict[str, Any]) -> str:
 
 def marker(result: dict[str, Any]) -> str:
     """Return the name between whose markers a table goes."""
-    if result.get("memory"):
-        return "derivatives"
     suite = result.get("suite", "full")
+    if result.get("memory") and suite in (None, "full"):
+        return "derivatives"
     return "bench" if suite in ("quick", "full") else f"bench-{suite}"
 
 
@@ -195,6 +221,10 @@ def main(*paths: str) -> None:
         if "runs" not in result:
             continue
         name = marker(result)
+        if name == "bench-softmax":
+            for page in PAGES:
+                page.write_text(replaced(page.read_text(), name, rows_table(result)))
+            continue
         for page in PAGES:
             text = replaced(page.read_text(), name, table(result))
             if result.get("suite"):

@@ -24,21 +24,24 @@ PLACES = {
         "tilewise.distributed",
         "tilewise.transformers",
         "tilewise.bench",
+        "tilewise.verify.flat",
+        "tilewise.verify.plain",
         "tilewise.verify.sweep",
         "tilewise.verify.tensors",
         "tilewise.verify.textbook",
     ),
     "jax": ("tilewise.jax", "tilewise.distributed", "tilewise.bench"),
     "transformers": ("tilewise.transformers",),
+    "scipy": ("tilewise.jacobian",),
     "matplotlib": ("tilewise.plot", "tilewise.bench", "tilewise.demo"),
     "pytest": ("tilewise.verify",),
 }
 
 # Those that an installation may lack: imported where they are used, never with the module.
-OPTIONAL = {"torch", "jax", "transformers", "matplotlib", "pytest"}
+OPTIONAL = {"torch", "jax", "transformers", "scipy", "matplotlib", "pytest"}
 
 # Except in the frontend of a framework, which is itself imported where it is used.
-FRONTENDS = {"torch": ("tilewise.torch",)}
+FRONTENDS = {"torch": ("tilewise.torch",), "jax": ("tilewise.jax",)}
 
 CPP_LAYERS = {
     "simd": {"simd"},

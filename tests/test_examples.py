@@ -19,7 +19,16 @@ torch = pytest.importorskip("torch")
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LOCAL = ("fresh", "gpt", "shapes", "set_transformer", "char_gpt", "mean_flow", "largest_eigenvalue")
+LOCAL = (
+    "fresh",
+    "gpt",
+    "shapes",
+    "set_transformer",
+    "char_gpt",
+    "mean_flow",
+    "largest_eigenvalue",
+    "flax_gpt",
+)
 
 
 def run_here(function: Callable[..., Any], *arguments: Any, report: Callable[[Any], None]) -> Any:
@@ -96,6 +105,19 @@ def test_char_gpt_runs_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "time per step" in done.stdout
     assert is_picture(picture)
+
+
+def test_a_transformer_of_flax_learns_alike_with_both_attentions(
+    load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flax", reason="Flax is not installed")
+    monkeypatch.setenv("NPROC", "1")
+    flax_gpt, found = load("flax_gpt"), []
+    monkeypatch.setattr(flax_gpt, "plot", lambda runs, path: found.append(runs))
+    flax_gpt.main(steps=4, context=19, batch=3, layers=2, width=12, heads=2, out=tmp_path / "x.png")
+    (runs,) = found
+    assert flax_gpt.difference(runs["tilewise"], runs["Flax"]) < 1e-5
+    assert runs["tilewise"].losses[-1] < runs["tilewise"].losses[0]
 
 
 def test_mean_flow_takes_the_derivative_that_the_formula_has(load: Callable[[str], Any]) -> None:

@@ -257,7 +257,7 @@ def test_select_must_match_a_case():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"operator": "conv"}, "operator must be 'attention' or package.module:function"),
+        ({"operator": "conv"}, "operator must be one of 'attention', 'softmax', .* package"),
         ({"operator": "nowhere:f"}, "'nowhere:f' must be importable"),
         ({"operator": "math:pi"}, "'math:pi' must be a function"),
         ({"operator": "math:"}, "function must be named package.module:function"),

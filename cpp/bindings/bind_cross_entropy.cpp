@@ -122,9 +122,11 @@ class Call {
   void take_targets(const In& targets) {
     if (targets.ndim() != 2 || dim(targets, 0) != problem.outer || dim(targets, 1) != problem.inner)
       refuse("targets", "has another shape than the rows");
+    // NumPy gives empty arrays strides of 0.
+    const bool empty = problem.outer == 0 || problem.inner == 0;
     const bool contiguous = (targets.stride(1) == 1 || problem.inner <= 1) &&
                             (targets.stride(0) == problem.inner || problem.outer <= 1);
-    if (targets.dtype() != nb::dtype<int64_t>() || !contiguous)
+    if (targets.dtype() != nb::dtype<int64_t>() || !(contiguous || empty))
       refuse("targets", "must be contiguous int64");
     problem.targets = static_cast<const int64_t*>(targets.data());
   }

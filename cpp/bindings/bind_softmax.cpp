@@ -128,8 +128,8 @@ void forward(In x, Maybe<Out> y, Maybe<Out> log_y, Maybe<Out> lse, Maybe<Out> m,
   call.run(&SoftmaxFunctions::forward);
 }
 
-void vjp(In x, In m, In log_l, Maybe<In> gy, Maybe<In> gz, Maybe<In> gl, Out dx, Maybe<Out> dsink,
-         TW_OPTIONS) {
+void vjp(In x, In m, In log_l, Maybe<In> gy, Maybe<In> gz, Maybe<In> gl, Maybe<Out> dx,
+         Maybe<Out> dsink, TW_OPTIONS) {
   Call call(x, scale, where, sink, storage);
   SoftmaxProblem& p = call.problem;
   p.m = call.numbers(m, "m");
@@ -157,8 +157,8 @@ void jvp(In x, In m, In log_l, Maybe<In> tx, Maybe<In> tsink, Maybe<Out> ty, May
 }
 
 void vjp_jvp(In x, In m, In log_l, Maybe<In> gy, Maybe<In> gz, Maybe<In> gl, Maybe<In> tx,
-             Maybe<In> tsink, Maybe<In> tgy, Maybe<In> tgz, Maybe<In> tgl, Out dx, Maybe<Out> dsink,
-             TW_OPTIONS) {
+             Maybe<In> tsink, Maybe<In> tgy, Maybe<In> tgz, Maybe<In> tgl, Maybe<Out> dx,
+             Maybe<Out> dsink, TW_OPTIONS) {
   Call call(x, scale, where, sink, storage);
   SoftmaxProblem& p = call.problem;
   p.m = call.numbers(m, "m");
@@ -183,7 +183,7 @@ void bind_softmax(nb::module_& m) {
         nb::arg("log_y").none(), nb::arg("lse").none(), nb::arg("m").none(),
         nb::arg("log_l").none(), TW_OPTION_NAMES, "Write what is given.");
   m.def("softmax_vjp", vjp, nb::arg("x"), nb::arg("m"), nb::arg("log_l"), nb::kw_only(),
-        nb::arg("gy").none(), nb::arg("gz").none(), nb::arg("gl").none(), nb::arg("dx"),
+        nb::arg("gy").none(), nb::arg("gz").none(), nb::arg("gl").none(), nb::arg("dx").none(),
         nb::arg("dsink").none(), TW_OPTION_NAMES, "Write dx and dsink.");
   m.def("softmax_jvp", jvp, nb::arg("x"), nb::arg("m"), nb::arg("log_l"), nb::kw_only(),
         nb::arg("tx").none(), nb::arg("tsink").none(), nb::arg("ty").none(), nb::arg("tz").none(),
@@ -191,7 +191,7 @@ void bind_softmax(nb::module_& m) {
   m.def("softmax_vjp_jvp", vjp_jvp, nb::arg("x"), nb::arg("m"), nb::arg("log_l"), nb::kw_only(),
         nb::arg("gy").none(), nb::arg("gz").none(), nb::arg("gl").none(), nb::arg("tx").none(),
         nb::arg("tsink").none(), nb::arg("tgy").none(), nb::arg("tgz").none(),
-        nb::arg("tgl").none(), nb::arg("dx"), nb::arg("dsink").none(), TW_OPTION_NAMES,
+        nb::arg("tgl").none(), nb::arg("dx").none(), nb::arg("dsink").none(), TW_OPTION_NAMES,
         "Write the tangents of dx and dsink.");
 }
 

@@ -38,6 +38,7 @@ class ForwardBody {
       s.e = arena.take<T>(lanes);
       s.to = t_ ? arena.take<T>(in_.Dv * lanes) : nullptr;
       s.mu = t_ ? arena.take<T>(lanes) : nullptr;
+      s.centre = t_ ? arena.take<T>(lanes) : nullptr;
       s.rounded = kPairs<E> ? arena.take<T>(lanes) : nullptr;
       s.top = kPairs<E> ? arena.take<T>(lanes) : nullptr;
     }
@@ -161,7 +162,8 @@ class ForwardBody {
       fold_weights<T>(at, segments, count, nullptr);
     if (logits_move_)
       moments_panel<T>(s_, ts_, segments, count, words,
-                       options_move() ? T{1} : static_cast<T>(kLn2), now_->mu + at, alpha_);
+                       options_move() ? T{1} : static_cast<T>(kLn2), now_->centre + at,
+                       now_->mu + at, alpha_);
     if (dropout_->on)
       dropout_->apply(segments, count, q0_ + p * kPanel, k0, s_, logits_move_ ? ts_ : nullptr);
     const int Dv = static_cast<int>(in_.Dv);
@@ -291,9 +293,21 @@ class ForwardBody {
       const int64_t from = at / kPanel * in_.Dv * kPanel + at % kPanel;
       merge_columns(merge, total_->o + from, now_->o + from);
       if (!t_) continue;
+      if (logits_move_) move_centre(at, lb, now_->o + from, now_->to + from);
       merge_columns(merge, total_->to + from, now_->to + from);
       store(total_->mu + at, merge(load(total_->mu + at), load(now_->mu + at)));
     }
+  }
+
+  // The present chunk's sums for the centre of the earlier ones, or theirs for its own.
+  void move_centre(int at, Vec<T> l, const T* o, T* to) const {
+    const Vec<T> old = load(total_->centre + at), fresh = load(now_->centre + at);
+    const auto none = unordered(old);
+    store(total_->centre + at, select(none, fresh, old));
+    const Vec<T> by = select(none, zero<T>(), centre_or_zero<T>(fresh - old));
+    store(now_->mu + at, fma(by, l, load(now_->mu + at)));
+    for (int64_t d = 0; d < in_.Dv; d++)
+      store(to + d * kPanel, fma(by, load(o + d * kPanel), load(to + d * kPanel)));
   }
 
   void merge_columns(const Merge<T>& merge, T* x, const T* y) const {
@@ -301,22 +315,25 @@ class ForwardBody {
       store(x + d * kPanel, merge(load(x + d * kPanel), load(y + d * kPanel)));
   }
 
-  // tlse = mu with the sink's share, to = sum - mu o
+  // tlse = mu with the sink's share, to = sum - (mu - c) o
   void finish_tangents(int g, int rows, const RowEnd<T>& end, T sink, const T* o, int64_t ldo) {
-    const int at = g * kGroup;
-    const T* sums = total_->mu + slot_ * kPanel + at;
-    alignas(64) T mu[kGroup];
+    const int at = g * kGroup, lane = slot_ * kPanel + at;
+    const bool has_sink = in_.sinks && sink != -std::numeric_limits<T>::infinity();
+    const T tsink = t_->tsinks ? static_cast<const T*>(t_->tsinks)[h_] : T{0};
+    alignas(64) T mu[kGroup], tlse[kGroup];
     for (int i = 0; i < kGroup; i += kWidth<T>) {
-      const Vec<T> scale = load(end.o_scale + i);
-      Vec<T> x = select(equal(scale, zero<T>()), zero<T>(), load(sums + i) * scale);
-      if (in_.sinks && t_->tsinks && sink != -std::numeric_limits<T>::infinity()) {
+      const Vec<T> scale = load(end.o_scale + i),
+                   c = centre_or_zero<T>(load(total_->centre + lane + i));
+      Vec<T> x = select(equal(scale, zero<T>()), zero<T>(), load(total_->mu + lane + i) * scale);
+      if (has_sink) {
         const Vec<T> z = set1(sink * static_cast<T>(kLog2e)) - load(end.m + i);
         const Vec<T> p = exp2<T>(-max(zero<T>(), load(end.log_l + i) * splat<T>(kLog2e) - z));
-        x = fma(p, set1(static_cast<const T*>(t_->tsinks)[h_]), x);
+        x = fma(p, set1(tsink) - c, x);
       }
-      store(mu + i, x + zero<T>());
+      store(mu + i, x);
+      store(tlse + i, (x + c) + zero<T>());
     }
-    RowEnd<T>::put(out_t_.tlse, in_.row_at(b_, h_, q0_ + at), mu, rows);
+    RowEnd<T>::put(out_t_.tlse, in_.row_at(b_, h_, q0_ + at), tlse, rows);
     int64_t ld;
     T* to = rows_to<T>(out_t_.to, b_, h_, q0_ + at, to_scratch_, in_.Dv, &ld);
     unpack_lanes<T>(total_->to + panel(g, in_.Dv), static_cast<int>(in_.Dv), rows, end.o_scale, to,

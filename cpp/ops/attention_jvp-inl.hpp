@@ -33,6 +33,7 @@ class JvpBody {
     m_ = arena.take<T>(lanes);
     log2_l_ = arena.take<T>(lanes);
     mu_ = arena.take<T>(lanes);
+    centre_ = arena.take<T>(lanes);
     s_ = arena.take<T>(kTileKeys * kPanel);
     ts_ = arena.take<T>(kTileKeys * kPanel);
     bias_ = arena.take<T>(in_.bias ? kTileKeys * kPanel : 0);
@@ -116,6 +117,7 @@ class JvpBody {
       m_[i] = std::numeric_limits<T>::lowest() > m[r] ? std::numeric_limits<T>::lowest() : m[r];
       log2_l_[i] = log_l[r] * static_cast<T>(kLog2e);
       mu_[i] = 0;
+      centre_[i] = kNoCentre<T>;
     }
     for (int g = 0; g * kGroup < rows_; g++) {
       const int n = std::min(kGroup, rows_ - g * kGroup);
@@ -136,31 +138,35 @@ class JvpBody {
     if (t_.tbias) BiasHead<T>(t_.tbias, b_, h_).panel(q, rows, k0, s.ja, s.jb, tbias_);
   }
 
-  // In place: s becomes p, and ts, so far the moved product, p ts. Adds the row sums of p ts to mu.
+  // In place: s becomes p, and ts, so far the moved product, p (ts - c). Adds its row sums to mu.
   template <bool PLAIN>
   TW_NOINLINE void elements_panel(const JvpBody& body, int at, int64_t k0, const Segment* segments,
                                   int count, const uint16_t* words) {
     for (int n = 0; n < kPanelVecs<T>; n++) {
-      const int lane = n * kWidth<T>, group = lane / kGroup;
+      const int lane = at + n * kWidth<T>, group = n * kWidth<T> / kGroup;
       const Elements<PLAIN> elements(body, at, k0, n, words);
-      Vec<T> sum[4] = {};  // by key index mod 4
-      bool seen = false;
-      for (int i = 0; i < count; i++) {
-        const Segment& s = segments[i];
-        if (group < s.na || group >= s.nb) continue;
-        seen = true;
-        int j = s.ja;
-        if (s.edge) {
-          for (; j < s.jb; j++) sum[j & 3] += elements.template at<true>(j);
-        } else {
-          for (; j + 4 <= s.jb; j += 4)
-            TW_UNROLL for (int u = 0; u < 4; u++) sum[u] += elements.template at<false>(j + u);
-          for (; j < s.jb; j++) sum[j & 3] += elements.template at<false>(j);
-        }
+      const bool apart = body.logits_move_ && !has_centres(body.centre_ + lane);
+      auto sum = [&](const auto& term) __attribute__((always_inline)) {
+        return KeySums<T>(segments, count, group, term);
+      };
+      if (apart) {
+        const KeySums<T> weights = sum([&](int j, auto edge) __attribute__((always_inline)) {
+          return elements.prepare(j, edge);
+        });
+        const KeySums<T> moments = sum([&](int j, auto) __attribute__((always_inline)) {
+          return elements.prepared(j, zero<T>());
+        });
+        set_centres(body.centre_ + lane, weights.total(), moments.total());
       }
-      if (!seen) continue;
-      T* mu = body.mu_ + at + lane;
-      store(mu, load(mu) + ((sum[0] + sum[2]) + (sum[1] + sum[3])));
+      const Vec<T> c = centre_or_zero<T>(load(body.centre_ + lane));
+      const KeySums<T> sums = sum([&](int j, auto edge) __attribute__((always_inline)) {
+        if (!apart) elements.prepare(j, edge);
+        const Vec<T> d = elements.prepared(j, c);
+        store(elements.ts + int64_t{j} * kPanel, d);
+        return d;
+      });
+      T* mu = body.mu_ + lane;
+      if (sums.seen) store(mu, load(mu) + sums.total());
     }
   }
 
@@ -191,9 +197,8 @@ class JvpBody {
       position = load(x);
     }
 
-    // p ts of key j
-    template <bool EDGE>
-    TW_MEMBER Vec<T> at(int j) const {
+    // Stores p of key j, which it returns, and the tangent of the logit, both 0 where masked.
+    TW_MEMBER Vec<T> prepare(int j, bool edge) const {
       const int64_t from = int64_t{j} * kPanel;
       Vec<T> x = load(s + from), moved = zero<T>(), t = zero<T>();
       if (moves != 0) moved = load(ts + from);
@@ -204,26 +209,30 @@ class JvpBody {
       else
         moved = moved * set1(moves);
       if (!PLAIN && tbias) moved += load(tbias + from);
-      Vec<T> w = exp2<T>((x - m) - l), d = w * moved;
-      if constexpr (EDGE) {
+      Vec<T> w = exp2<T>((x - m) - l);
+      if (edge) {
         const Lanes<T> in = edge_lanes<T>(words, j, n);
         w = select(in, w, zero<T>());
-        d = select(in, d, zero<T>());
+        moved = select(in, moved, zero<T>());
       }
       store(s + from, w);
-      store(ts + from, d);
-      return d;
+      store(ts + from, moved);
+      return w;
+    }
+    // p (ts - c) of what was prepared
+    TW_MEMBER Vec<T> prepared(int j, Vec<T> c) const {
+      return load(s + int64_t{j} * kPanel) * (load(ts + int64_t{j} * kPanel) - c);
     }
   };
 
-  // tlse = mu with the sink's share, to -= mu o; a row without keys and sink has neither
+  // tlse = mu with the sink's share, to -= (mu - c) o; a row without keys and sink has neither
   void finish() {
     const int64_t row = in_.row_at(b_, h_, q0_);
     const T* m = static_cast<const T*>(saved_.m) + row;
     T* tlse = static_cast<T*>(out_.tlse) + row;
     const int Dv = static_cast<int>(in_.Dv);
-    if (in_.sinks && t_.tsinks)
-      add_sink(*in_.sinks.at<T>(0, h_), static_cast<const T*>(t_.tsinks)[h_]);
+    if (in_.sinks)
+      add_sink(*in_.sinks.at<T>(0, h_), t_.tsinks ? static_cast<const T*>(t_.tsinks)[h_] : T{0});
     for (int g = 0; g * kGroup < rows_; g++) {
       const int at = g * kGroup, n = std::min(kGroup, rows_ - at);
       alignas(64) T alive[kGroup];
@@ -235,8 +244,8 @@ class JvpBody {
       unpack_lanes<T>(to_ + from, Dv, n, alive, to, ld);
       const Rows<T> o = read_rows<T>(saved_.o, b_, h_, q0_ + at, n, Dv, o_scratch_);
       for (int i = 0; i < n; i++) {
-        const T mu = alive[i] == 0 ? T{0} : mu_[at + i] + T{0};
-        tlse[at + i] = mu;
+        const T mu = alive[i] == 0 ? T{0} : mu_[at + i] + T{0}, c = centre_[at + i];
+        tlse[at + i] = alive[i] != 0 && c == c ? mu + c : mu;
         if (alive[i] != 0 && (logits_move_ || t_.tsinks))
           add_scaled_row<T>(to + i * ld, o.at + i * o.ld, in_.Dv, set1(-mu));
       }
@@ -249,7 +258,7 @@ class JvpBody {
     const Vec<T> z = set1(sink * static_cast<T>(kLog2e));
     for (int i = 0; i < rows_; i += kWidth<T>) {
       const Vec<T> x = (z - load(m_ + i)) - load(log2_l_ + i), p = exp2<T>(-max(zero<T>(), -x));
-      store(mu_ + i, fma(p, set1(tsink), load(mu_ + i)));
+      store(mu_ + i, fma(p, set1(tsink) - centre_or_zero<T>(load(centre_ + i)), load(mu_ + i)));
     }
   }
 
@@ -264,9 +273,9 @@ class JvpBody {
   int64_t b_ = 0, h_ = 0, hk_ = 0, q0_ = 0, loaded_ = -1;
   E *q_ = nullptr, *tq_ = nullptr, *weights_ = nullptr, *moments_ = nullptr, *pack_ = nullptr;
   TileRows<E> k_, v_, tk_, tv_;
-  T *to_ = nullptr, *m_ = nullptr, *log2_l_ = nullptr, *mu_ = nullptr, *s_ = nullptr,
-    *ts_ = nullptr, *bias_ = nullptr, *tbias_ = nullptr, *ones_ = nullptr, *to_scratch_ = nullptr,
-    *o_scratch_ = nullptr;
+  T *to_ = nullptr, *m_ = nullptr, *log2_l_ = nullptr, *mu_ = nullptr, *centre_ = nullptr,
+    *s_ = nullptr, *ts_ = nullptr, *bias_ = nullptr, *tbias_ = nullptr, *ones_ = nullptr,
+    *to_scratch_ = nullptr, *o_scratch_ = nullptr;
 };
 
 #include "simd/end.hpp"

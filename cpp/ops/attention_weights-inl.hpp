@@ -83,11 +83,58 @@ struct StoreMax {
   };
 };
 
+// What the tangents ts of a row have in common cancels in `to`, which is the sum of p ts v less mu
+// o. So all of them are taken less a centre: their mean in the first tile where the row has
+// weights.
+template <class T>
+constexpr T kNoCentre = std::numeric_limits<T>::quiet_NaN();
+
+// Sums over keys by key index mod 4, of one register of lanes. `term(j, edge)` is what key j adds.
+template <class T>
+struct KeySums {
+  Vec<T> of[4] = {};
+  bool seen = false;  // any key
+  template <class Term>
+  TW_MEMBER KeySums(const Segment* segments, int count, int group, const Term& term) {
+    for (int k = 0; k < count; k++) {
+      const Segment& g = segments[k];
+      if (group < g.na || group >= g.nb) continue;
+      seen = true;
+      int j = g.ja;
+      for (; !g.edge && j + 4 <= g.jb; j += 4)
+        TW_UNROLL for (int i = 0; i < 4; i++) of[i] += term(j + i, std::false_type{});
+      for (; j < g.jb; j++)
+        of[j & 3] += g.edge ? term(j, std::true_type{}) : term(j, std::false_type{});
+    }
+  }
+  TW_MEMBER Vec<T> total() const { return (of[0] + of[2]) + (of[1] + of[3]); }
+};
+
+template <class T>
+TW_INLINE bool has_centres(const T* centre) {
+  bool all = true;
+  for (int i = 0; i < kWidth<T>; i++) all &= centre[i] == centre[i];
+  return all;
+}
+template <class T>
+TW_INLINE Vec<T> centre_or_zero(Vec<T> centre) {
+  return select(unordered(centre), zero<T>(), centre);
+}
+// Centres where there are none yet, from the sums of weights and of weights times ts.
+template <class T>
+TW_INLINE void set_centres(T* centre, Vec<T> weights, Vec<T> moments) {
+  const Vec<T> old = load(centre), mean = moments / weights;
+  const auto none = equal(weights, zero<T>());
+  Vec<T> fresh = select(unordered(mean - mean), zero<T>(), mean);  // not finite
+  fresh = select(none, old, fresh);
+  store(centre, select(unordered(old), fresh, old));
+}
+
 // Softmax states of the panels of one block, columns of o in [panel][Dv][kPanel]. With tangents
-// also to, the sum of w ts v + w tv, and mu, that of w ts.
+// also to, the sum of w (ts - c) v + w tv, and mu, that of w (ts - c), with their centre c.
 template <class T>
 struct States {
-  T *o, *m, *l, *e, *to, *mu;
+  T *o, *m, *l, *e, *to, *mu, *centre;
   // of pairs: row sums of the weights as they are rounded, and row maxima, for m is a whole number
   T *rounded, *top;
   void clear(int panels, int Dv) {
@@ -95,6 +142,7 @@ struct States {
     std::memset(o, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
     if (to) std::memset(to, 0, sizeof(T) * lanes * static_cast<size_t>(Dv));
     if (mu) std::memset(mu, 0, sizeof(T) * lanes);
+    for (size_t i = 0; centre && i < lanes; i++) centre[i] = kNoCentre<T>;
     for (int i = 0; i < panels * kPanel; i++)
       m[i] = -std::numeric_limits<T>::infinity(), l[i] = 0, e[i] = 0;
     if (rounded) std::memset(rounded, 0, sizeof(T) * lanes);
@@ -163,29 +211,39 @@ TW_NOINLINE void weights_panel(T* s, const Segment* segments, int count, const T
   }
 }
 
-// In place: ts becomes w ts, with the weights w; mu gains its row sums after the rescaling alpha.
+// In place: ts becomes w (ts - c), with the weights w; mu gains its row sums after the rescaling
+// alpha. Sets the centres c that are not set.
 template <class T>
 TW_NOINLINE void moments_panel(const T* w, T* ts, const Segment* segments, int count,
-                               const uint16_t* words, T unit, T* mu, const T* alpha) {
+                               const uint16_t* words, T unit, T* centre, T* mu, const T* alpha) {
   for (int n = 0; n < kPanelVecs<T>; n++) {
     const int at = n * kWidth<T>, group = at / kGroup;
-    Vec<T> sum[4] = {};  // by key index mod 4
-    auto one = [&](int j, bool edge) __attribute__((always_inline)) {
-      T* to = ts + int64_t{j} * kPanel + at;
-      Vec<T> d = load(to) * set1(unit) * load(w + int64_t{j} * kPanel + at);
-      if (edge) d = select(edge_lanes<T>(words, j, n), d, zero<T>());
-      store(to, d);
-      return d;
+    auto seen = [&](int j, auto edge, Vec<T> x) __attribute__((always_inline)) {
+      return edge ? select(edge_lanes<T>(words, j, n), x, zero<T>()) : x;
     };
-    for (int k = 0; k < count; k++) {
-      const Segment& g = segments[k];
-      if (group < g.na || group >= g.nb) continue;
-      int j = g.ja;
-      for (; !g.edge && j + 4 <= g.jb; j += 4)
-        TW_UNROLL for (int i = 0; i < 4; i++) sum[i] += one(j + i, false);
-      for (; j < g.jb; j++) sum[j & 3] += one(j, g.edge);
+    auto weight = [&](int j, auto edge) __attribute__((always_inline)) {
+      return seen(j, edge, load(w + int64_t{j} * kPanel + at));
+    };
+    auto moment = [&](int j, auto edge, Vec<T> c) __attribute__((always_inline)) {
+      return seen(j, edge, fma(load(ts + int64_t{j} * kPanel + at), set1(unit), -c)) *
+             weight(j, edge);
+    };
+    if (!has_centres(centre + at)) {
+      const KeySums<T> weights(segments, count, group, weight);
+      const KeySums<T> moments(segments, count, group,
+                               [&](int j, auto edge) __attribute__((always_inline)) {
+                                 return moment(j, edge, zero<T>());
+                               });
+      set_centres(centre + at, weights.total(), moments.total());
     }
-    store(mu + at, fma(load(mu + at), load(alpha + at), (sum[0] + sum[2]) + (sum[1] + sum[3])));
+    const Vec<T> c = centre_or_zero<T>(load(centre + at));
+    const KeySums<T> sums(segments, count, group,
+                          [&](int j, auto edge) __attribute__((always_inline)) {
+                            const Vec<T> d = moment(j, edge, c);
+                            store(ts + int64_t{j} * kPanel + at, d);
+                            return d;
+                          });
+    store(mu + at, fma(load(mu + at), load(alpha + at), sums.total()));
   }
 }
 

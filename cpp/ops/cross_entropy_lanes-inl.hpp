@@ -60,7 +60,7 @@ TW_NOINLINE void finish_logits(T* z, int classes, const T* bias, T cap) {
   const Vec<T> c = set1(cap), inverse = set1(cap != 0 ? T{1} / cap : T{0});
   for (int j = 0; j < classes; j++, z += kPanel) {
     const Vec<T> b = set1(bias ? bias[j] : T{0});
-    TW_UNROLL for (int n = 0; n < kPanelVecs<T>; n++) {
+    TW_UNROLL_LANES for (int n = 0; n < kPanelVecs<T>; n++) {
       T* to = z + n * kWidth<T>;
       const Vec<T> x = load(to) + b;
       store(to, cap != 0 ? c * tanh<T>(x * inverse) : x);
@@ -81,7 +81,7 @@ TW_NOINLINE void finish_tangents(T* tz, const T* s, int classes, const T* tbias,
   const Vec<T> inverse = set1(cap != 0 ? T{1} / cap : T{0});
   for (int j = 0; j < classes; j++, tz += kPanel, s += kPanel) {
     const Vec<T> b = set1(tbias ? tbias[j] : T{0});
-    TW_UNROLL for (int n = 0; n < kPanelVecs<T>; n++) {
+    TW_UNROLL_LANES for (int n = 0; n < kPanelVecs<T>; n++) {
       T* to = tz + n * kWidth<T>;
       const Vec<T> x = load(to) + b;
       store(to, cap != 0 ? x * slope<T>(load(s + n * kWidth<T>), inverse) : x);

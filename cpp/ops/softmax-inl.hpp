@@ -4,12 +4,14 @@
 #include <atomic>
 #include <vector>
 
-#include "ops/softmax_row-inl.hpp"
+#include "ops/softmax_forward-inl.hpp"
 #include "runtime/thread_pool.hpp"
 
 #include "simd/begin.hpp"
 
-constexpr int64_t kTaskColumns = 1 << 15;   // columns that are worth a task
+constexpr int64_t kTaskColumns = 1 << 15;  // columns that are worth a task
+constexpr int64_t kKeptForward = 1 << 20;  // rows up to this length have their weights kept
+constexpr int kBlocksOfThread = 8;
 constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on go past the caches
 
 enum class SoftmaxKind { kForward, kVjp, kJvp, kVjpJvp };
@@ -73,13 +75,12 @@ void write_part(SoftmaxRow<T>& row, SoftmaxKind kind, int64_t chunk, const RowPa
   }
 }
 
-template <class T>
-SoftmaxRow<T>& placed(SoftmaxRow<T>& row) {
+template <class... R>
+void place(R&... users) {
   Arena count(nullptr);
-  row.place(count);
+  (users.place(count), ...);
   Arena arena(workspace(count.used()));
-  row.place(arena);
-  return row;
+  (users.place(arena), ...);
 }
 
 TW_INLINE void begin_row(auto& row, SoftmaxKind kind, int64_t r) {
@@ -93,22 +94,64 @@ TW_INLINE void settle_streams() {
 #endif
 }
 
-// Rows are dealt to the threads in blocks.
-template <class T>
-void by_blocks_of_rows(const SoftmaxProblem& problem, SoftmaxKind kind, bool stream, int threads) {
-  const int64_t rows = problem.outer * problem.inner;
-  const int64_t block = std::max<int64_t>(1, kTaskColumns / std::max<int64_t>(1, problem.columns));
+// Rows are dealt to the threads in blocks, each of which starts anew.
+inline int64_t rows_of_block(const SoftmaxProblem& problem, int threads) {
+  const int64_t rows = problem.outer * problem.inner, most = rows / (threads * kBlocksOfThread);
+  return std::max({int64_t{1}, kTaskColumns / std::max<int64_t>(1, problem.columns), most});
+}
+
+template <class T, class X, Result R>
+void forward_blocks(const SoftmaxProblem& problem, bool stream, int threads) {
+  const int64_t rows = problem.outer * problem.inner, block = rows_of_block(problem, threads);
   std::atomic<int64_t> next{0};
   run_parallel(threads, [&](int) {
     SoftmaxRow<T> row(problem);
-    placed(row);
+    SoftmaxForward<T, X, R> forward(problem, row, stream);
+    place(row, forward);
+    const FloatingPointMode mode;
+    for (int64_t r; (r = next.fetch_add(block)) < rows;) forward.rows(r, std::min(rows, r + block));
+    settle_streams();
+  });
+}
+
+// Whether forward_blocks() serves a call: one result or none, in rows without gaps and mask.
+inline bool in_rows(const SoftmaxProblem& p) {
+  auto fits = [&](const View3& v) { return !v || (v.column == 1 && v.storage == p.x.storage); };
+  return p.columns > 0 && fits(p.x) && fits(p.y) && fits(p.log_y) && !p.where && !(p.y && p.log_y);
+}
+
+template <class T, class X>
+void forward_in_rows(const SoftmaxProblem& p, bool stream, int threads) {
+  if (p.log_y)
+    forward_blocks<T, X, Result::kLogY>(p, stream, threads);
+  else if (!p.y)
+    forward_blocks<T, X, Result::kNone>(p, stream, threads);
+  else if (p.columns <= kKeptForward)
+    forward_blocks<T, X, Result::kY>(p, stream, threads);
+  else
+    forward_blocks<T, X, Result::kYAgain>(p, stream, threads);
+}
+template <class T>
+void forward_of_storage(const SoftmaxProblem& p, bool stream, int threads) {
+  if constexpr (sizeof(T) == 4) {
+    if (p.x.storage == Storage::kBfloat16) return forward_in_rows<T, Bf16>(p, stream, threads);
+    if (p.x.storage == Storage::kFloat16) return forward_in_rows<T, F16>(p, stream, threads);
+  }
+  forward_in_rows<T, T>(p, stream, threads);
+}
+
+template <class T>
+void by_blocks_of_rows(const SoftmaxProblem& problem, SoftmaxKind kind, bool stream, int threads) {
+  const int64_t rows = problem.outer * problem.inner;
+  const int64_t block = rows_of_block(problem, threads);
+  std::atomic<int64_t> next{0};
+  run_parallel(threads, [&](int) {
+    SoftmaxRow<T> row(problem);
+    place(row);
     RowParts<T> parts(kind, row.chunks());
     const FloatingPointMode mode;
-    const bool together = kind == SoftmaxKind::kForward && row.short_rows();
     for (int64_t r; (r = next.fetch_add(block)) < rows;) {
       const int64_t end = std::min(rows, r + block);
-      for (; together && r + SoftmaxRow<T>::kTogether <= end; r += SoftmaxRow<T>::kTogether)
-        row.forward_together(r, stream);
       for (; r < end; r++) {
         begin_row(row, kind, r);
         for (int phase = 0; phase < phases_of(kind); phase++) {
@@ -132,7 +175,7 @@ void by_chunks(const SoftmaxProblem& problem, SoftmaxKind kind, bool stream, int
       std::atomic<int64_t> next{0};
       run_parallel(threads, [&](int slot) {
         SoftmaxRow<T> row(problem);
-        placed(row);
+        place(row);
         const FloatingPointMode mode;
         begin_row(row, kind, r);
         const bool last = phase == phases_of(kind);
@@ -160,6 +203,8 @@ void run_softmax(const SoftmaxProblem& problem, SoftmaxKind kind) {
   const int threads = static_cast<int>(std::clamp<int64_t>(size / kTaskColumns, 1, num_threads()));
   if (rows < threads && columns > kKept)
     by_chunks<T>(problem, kind, stream, threads);
+  else if (kind == SoftmaxKind::kForward && in_rows(problem))
+    forward_of_storage<T>(problem, stream, threads);
   else
     by_blocks_of_rows<T>(problem, kind, stream, threads);
 }

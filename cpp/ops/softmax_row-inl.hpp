@@ -4,119 +4,11 @@
 #pragma once
 #include <algorithm>
 
-#include "math/softmax_state-inl.hpp"
 #include "ops/softmax.hpp"
+#include "ops/softmax_lanes-inl.hpp"
 #include "runtime/workspace.hpp"
 
 #include "simd/begin.hpp"
-
-constexpr int kChunk = 2048;
-constexpr int kAhead = kChunk;    // columns from one that is worked on to one asked for
-constexpr int kLanesWide = 64;    // partial sums of a chunk
-constexpr int kShortRow = 512;    // rows up to this length are worked on together
-constexpr int64_t kKept = 16384;  // rows up to this length keep their weights between passes
-
-template <class T>
-TW_INLINE Vec<T> load_some(const T* p, int n, T fill) {
-  if (n == kWidth<T>) return load(p);
-  alignas(64) T x[kWidth<T>];
-  for (int i = 0; i < kWidth<T>; i++) x[i] = i < n ? p[i] : fill;
-  return load(x);
-}
-template <class T>
-TW_INLINE void store_some(T* p, int n, Vec<T> v) {
-  if (n == kWidth<T>) return store(p, v);
-  for (int i = 0; i < n; i++) p[i] = v[i];
-}
-
-// f(index, register of the lanes, columns in it)
-template <class T, class F>
-TW_INLINE void each_register(int n, const F& f) {
-  constexpr int kAll = kLanesWide / kWidth<T>;
-  int j = 0;
-  for (; j + kLanesWide <= n; j += kLanesWide)
-    TW_UNROLL for (int u = 0; u < kAll; u++) f(j + u * kWidth<T>, u, kWidth<T>);
-  if (j == n) return;
-  TW_UNROLL for (int u = 0; u < kAll; u++) {
-    const int at = j + u * kWidth<T>;
-    if (at < n) f(at, u, std::min(n - at, kWidth<T>));
-  }
-}
-
-// op over 16 lanes in a fixed tree: lanes 8 apart, then 4, 2, 1
-template <class T, class Op>
-TW_INLINE T tree(const Vec<T> (&x)[kRegs<T>], const Op& op) {
-#if defined(TILEWISE_TARGET_AVX512)
-  if constexpr (kRegs<T> == 1) {
-    __m512 v = (__m512)x[0];
-    auto fold = [&](__m512 y) __attribute__((always_inline)) { v = (__m512)op((VecF)v, (VecF)y); };
-    fold(_mm512_shuffle_f32x4(v, v, _MM_SHUFFLE(1, 0, 3, 2)));
-    fold(_mm512_shuffle_f32x4(v, v, _MM_SHUFFLE(2, 3, 0, 1)));
-    fold(_mm512_permute_ps(v, _MM_SHUFFLE(1, 0, 3, 2)));
-    fold(_mm512_permute_ps(v, _MM_SHUFFLE(2, 3, 0, 1)));
-    return _mm512_cvtss_f32(v);
-  }
-#endif
-  alignas(64) T lane[kGroup];
-  for (int r = 0; r < kRegs<T>; r++) store(lane + r * kWidth<T>, x[r]);
-  for (int half = kGroup / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] = op(lane[i], lane[i + half]);
-  return lane[0];
-}
-
-// One register for each kWidth of 64 lanes, folded to one number in a fixed order.
-template <class T>
-struct Lanes64 {
-  Vec<T> of[kLanesWide / kWidth<T>];
-  explicit Lanes64(T x = 0) {
-    for (Vec<T>& v : of) v = set1(x);
-  }
-  template <class Op>
-  TW_MEMBER T fold(const Op& op) const {
-    Vec<T> x[kRegs<T>];
-    TW_UNROLL for (int r = 0; r < kRegs<T>; r++) {
-      auto group = [&](int g) __attribute__((always_inline)) { return of[g * kRegs<T> + r]; };
-      x[r] = op(op(group(0), group(2)), op(group(1), group(3)));
-    }
-    return tree<T>(x, op);
-  }
-  TW_MEMBER T total() const {
-    return fold([](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-  }
-  // a number where one side is NaN
-  TW_MEMBER T top() const {
-    return fold([](auto a, auto b) __attribute__((always_inline)) {
-      if constexpr (std::is_same_v<decltype(a), T>)
-        return a > b ? a : b;
-      else
-        return max(a, b);
-    });
-  }
-};
-
-// exp(k d) for d <= 0, with k log2(e) in two parts: within 2 ulp of exp of the rounded d k. Exactly
-// 1 at 0, and +0 below 2^kCut.
-template <class T>
-struct Exp {
-  Vec<T> high, low;
-  explicit Exp(double k) {
-    const double base2 = k * kLog2e;
-    high = splat<T>(base2);
-    low = splat<T>(base2 - static_cast<double>(static_cast<T>(base2)));
-  }
-  TW_MEMBER Vec<T> operator()(Vec<T> d) const {
-    using P = Polynomials<T>;
-    const Vec<T> x = d * high, t = x + set1(P::kRound), n = t - set1(P::kRound),
-                 f = fma(d, low, fma(d, high, -n));
-    return ldexp_cut(fma(horner<T>(P::kExp2, f), f, splat<T>(1)), n, t, x, P::kCut);
-  }
-  T operator()(T d) const { return (*this)(set1(d))[0]; }
-};
-
-template <class T>
-struct ChunkState {
-  T m, l;
-};
 
 template <class T>
 class SoftmaxRow {
@@ -186,78 +78,59 @@ class SoftmaxRow {
     put_number(p_.lse, top == kInfinity ? top : m_ * scale_ + log_l_);
   }
 
+  // What makes results of a row that is finished. y is the product of a weight, which is relative
+  // to its chunk's maximum, with the chunk's factor.
+  Vec<T> high() const { return finite_max<T>(set1(m_)); }
+  T inverse() const { return l_ == 0 ? T{0} : T{1} / l_; }
+  T log_l() const { return log_l_; }
+  T scale() const { return scale_; }
+  T factor(const ChunkState<T>& state) const {
+    if (state.m == m_) return inverse();
+    return (exp_(finite_max<T>(set1(state.m)) - high()) * set1(inverse()))[0];
+  }
+
+  // finish() of 16 rows of one chunk and without a sink, of which `count` are written.
+  void put_sixteen(int64_t r, int count, const T* m, const T* l, T* inverse, T* log_l) {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    alignas(64) T kept[kGroup], lse[kGroup];
+    const bool logs = p_.log_y || p_.lse || p_.log_l;
+    for (int i = 0; i < kGroup; i += kWidth<T>) {
+      const Vec<T> sum = load(l + i), top = load(m + i), infinity = set1(kInfinity);
+      const auto empty = equal(sum, zero<T>());
+      store(inverse + i, select(empty, zero<T>(), splat<T>(1) / sum));
+      const auto nan = unordered(sum);
+      const Vec<T> all = logs ? select(nan, sum, select(empty, zero<T>(), log<T>(sum))) : zero<T>();
+      const Vec<T> highest = select(nan, sum, top);
+      store(log_l + i, all);
+      store(kept + i, highest + zero<T>());
+      store(lse + i, select(equal(top, infinity), infinity, highest * set1(scale_) + all));
+    }
+    for (int i = 0; i < count && (p_.m || p_.log_l || p_.lse); i++) {
+      take(r + i);
+      put_number(p_.m, kept[i]);
+      put_number(p_.log_l, log_l[i]);
+      put_number(p_.lse, lse[i]);
+    }
+  }
+
   void write(int64_t chunk, const ChunkState<T>* states, bool stream) {
     const int n = width(chunk);
-    const Vec<T> inverse = set1(l_ == 0 ? T{0} : T{1} / l_), high = finite_max<T>(set1(m_));
-    if (p_.y && kept_) {
-      const T* w = weights_ + chunk * kChunk;
-      const bool moved = states[chunk].m != m_;
-      const Vec<T> factor =
-          moved ? exp_(finite_max<T>(set1(states[chunk].m)) - high) * inverse : inverse;
+    if (p_.y) {
+      const Vec<T> factor = set1(this->factor(states[chunk])),
+                   top = finite_max<T>(set1(states[chunk].m));
+      const T *w = weights_ + chunk * kChunk, *x = kept_ ? nullptr : logits(chunk);
       emit(p_.y, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-        return load_some(w + j, left, T{0}) * factor;
-      });
-    } else if (p_.y) {
-      const T* x = logits(chunk);
-      emit(p_.y, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-        return exp_(load_some(x + j, left, T{0}) - high) * inverse;
+        if (!x) return load_some(w + j, left, T{0}) * factor;
+        return exp_(load_some(x + j, left, T{0}) - top) * factor;
       });
     }
     if (!p_.log_y) return;
     const T* x = logits(chunk);
+    const Vec<T> high = this->high();
     constexpr T kNone = -std::numeric_limits<T>::infinity();
     emit(p_.log_y, chunk, n, stream, kNone, [&](int j, int left) __attribute__((always_inline)) {
       return fma(load_some(x + j, left, T{0}) - high, set1(scale_), set1(-log_l_));
     });
-  }
-
-  // --- Forward of short rows, several at once: the folds of one row hide behind those of others
-  // ---
-
-  static constexpr int kTogether = 4;
-  bool short_rows() const {
-    return p_.columns <= kShortRow && p_.inner == 1 && !p_.sink && !p_.log_y && plain(p_.x) &&
-           (!p_.y || plain(p_.y));
-  }
-  // Rows [r, r + kTogether), with the bits that each has by itself.
-  void forward_together(int64_t r, bool stream) {
-    const int n = static_cast<int>(p_.columns);
-    constexpr T kNone = -std::numeric_limits<T>::infinity();
-    const T* x[kTogether];
-    Lanes64<T> top[kTogether], sum[kTogether];
-    Vec<T> high[kTogether];
-    const Exp<T> exp = exp_;
-    for (int i = 0; i < kTogether; i++) {
-      x[i] = element<T>(p_.x, r + i, 0, 0);
-      top[i] = Lanes64<T>(kNone);
-    }
-    each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
-      TW_UNROLL for (int i = 0; i < kTogether; i++) top[i].of[u] =
-          max(load_some(x[i] + j, left, kNone), top[i].of[u]);
-    });
-    T m[kTogether];
-    TW_UNROLL for (int i = 0; i < kTogether; i++) {
-      m[i] = top[i].top();
-      high[i] = finite_max<T>(set1(m[i]));
-    }
-    each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
-      TW_UNROLL for (int i = 0; i < kTogether; i++) {
-        const Vec<T> e = exp(load_some(x[i] + j, left, kNone) - high[i]);
-        sum[i].of[u] += e;
-        store_some(weights_ + i * kShortRow + j, left, e);
-      }
-    });
-    for (int i = 0; i < kTogether; i++) {
-      take(r + i);
-      const ChunkState<T> state{m[i], sum[i].total()};
-      finish(&state, true);
-      if (!p_.y) continue;
-      const Vec<T> inverse = set1(l_ == 0 ? T{0} : T{1} / l_);
-      const T* w = weights_ + i * kShortRow;
-      emit(p_.y, 0, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-        return load_some(w + j, left, T{0}) * inverse;
-      });
-    }
   }
 
   // --- Derivatives: sums over a row, chunk by chunk, then what they give -------
@@ -285,6 +158,7 @@ class SoftmaxRow {
     if (p_.gy) {
       const T* gy = read(p_.gy, chunk, n, T{0}, scratch_[0]);
       add(n, &c, [&](int j, int left) __attribute__((always_inline)) {
+        prefetch_ahead(gy + j + kAhead);
         return load_some(p + j, left, T{0}) * load_some(gy + j, left, T{0});
       });
     }
@@ -339,10 +213,11 @@ class SoftmaxRow {
     const int n = width(chunk);
     const T* p = probabilities(chunk);
     const T *gy = maybe(p_.gy, chunk, n, scratch_[0]), *gz = maybe(p_.gz, chunk, n, scratch_[1]);
-    emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-      const Vec<T> ds = load_some(p + j, left, T{0}) * (some(gy, j, left) - set1(c_));
-      return empty_ ? zero<T>() : (ds + some(gz, j, left)) * set1(scale_) + zero<T>();
-    });
+    if (p_.dx)
+      emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+        const Vec<T> ds = load_some(p + j, left, T{0}) * (some(gy, j, left) - set1(c_));
+        return empty_ ? zero<T>() : (ds + some(gz, j, left)) * set1(scale_) + zero<T>();
+      });
     if (chunk == 0) put_number(p_.dsink, -sink_ * c_ + T{0});
   }
 
@@ -370,12 +245,14 @@ class SoftmaxRow {
     const T *tx = maybe(p_.tx, chunk, n, scratch_[0]), *gy = maybe(p_.gy, chunk, n, scratch_[1]),
             *tgy = maybe(p_.tgy, chunk, n, scratch_[2]),
             *tgz = maybe(p_.tgz, chunk, n, scratch_[3]);
-    emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-      const Vec<T> moved = some(tx, j, left) * set1(scale_) - set1(mu_);
-      const Vec<T> tds = moved * (some(gy, j, left) - set1(c_)) + (some(tgy, j, left) - set1(tc_));
-      const Vec<T> all = load_some(p + j, left, T{0}) * tds + some(tgz, j, left);
-      return empty_ ? zero<T>() : all * set1(scale_) + zero<T>();
-    });
+    if (p_.dx)
+      emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
+        const Vec<T> moved = some(tx, j, left) * set1(scale_) - set1(mu_);
+        const Vec<T> tds =
+            moved * (some(gy, j, left) - set1(c_)) + (some(tgy, j, left) - set1(tc_));
+        const Vec<T> all = load_some(p + j, left, T{0}) * tds + some(tgz, j, left);
+        return empty_ ? zero<T>() : all * set1(scale_) + zero<T>();
+      });
     if (chunk == 0) put_number(p_.dsink, -sink_ * ((tsink_ - mu_) * c_ + tc_) + T{0});
   }
 
@@ -391,7 +268,7 @@ class SoftmaxRow {
     const Exp<T> exp = exp_;
     Lanes64<T> sum;
     each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
-      prefetch(x + j + kAhead);
+      prefetch_ahead(x + j + kAhead);
       const Vec<T> e = exp(load_some(x + j, left, kNone) - high);
       sum.of[u] += e;
       if constexpr (KEPT) store_some(w + j, left, e);
@@ -489,6 +366,7 @@ class SoftmaxRow {
     const T* x = logits(chunk);
     const Vec<T> high = finite_max<T>(set1(m_));
     each_register<T>(width(chunk), [&](int j, int, int left) __attribute__((always_inline)) {
+      prefetch_ahead(x + j + kAhead);
       store_some(p + j, left, exp_(load_some(x + j, left, T{0}) - high) * set1(inverse_));
     });
     return p;
@@ -509,7 +387,7 @@ class SoftmaxRow {
     if (here && stream) j = emit_past_caches(n, to, f);
     constexpr int W = kWidth<T>;
     for (; j + 4 * W <= n; j += 4 * W)
-      TW_UNROLL for (int u = 0; u < 4; u++) store(to + j + u * W, f(j + u * W, W));
+      TW_UNROLL_LANES for (int u = 0; u < 4; u++) store(to + j + u * W, f(j + u * W, W));
     for (; j + W <= n; j += W) store(to + j, f(j, W));
     if (j < n) store_some(to + j, n - j, f(j, n - j));
     if (!here) scatter(v, chunk, n, hidden);

@@ -18,6 +18,12 @@
 #define TW_MEMBER inline __attribute__((always_inline))
 #define TW_NOINLINE static __attribute__((noinline))
 #define TW_UNROLL _Pragma("GCC unroll 32")
+// Loops over 64 lanes, which without vector registers would only become long.
+#if defined(TILEWISE_TARGET_PORTABLE)
+#define TW_UNROLL_LANES _Pragma("GCC unroll 1")
+#else
+#define TW_UNROLL_LANES TW_UNROLL
+#endif
 
 #if defined(TILEWISE_TARGET_AMX) || defined(TILEWISE_TARGET_AMX_EMULATED)
 #define TW_HAS_TILES

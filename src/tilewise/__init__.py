@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .base.errors import Unsupported, type_error, value_error
+from .base.errors import Unsupported, type_error, unsupported, value_error
 from .base.masks import (
     Mask,
     causal,
@@ -26,7 +26,7 @@ from .ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 from .shared.softmax_state import SoftmaxState, merge
 
 if TYPE_CHECKING:
-    from . import numpy
+    from . import jacobian, numpy
     from .cache import KVCache, OutOfPages
     from .verify.gradients import verify_gradients
 
@@ -50,7 +50,9 @@ __all__ = [
     "dense",
     "documents",
     "get_num_threads",
+    "jacobian",
     "lengths",
+    "linear",
     "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
@@ -67,6 +69,8 @@ __all__ = [
 _LAZY = {
     "KVCache": ("tilewise.cache", "KVCache"),
     "OutOfPages": ("tilewise.cache", "OutOfPages"),
+    "jacobian": ("tilewise.jacobian", None),
+    "jax": ("tilewise.jax", None),
     "numpy": ("tilewise.numpy", None),
     "torch": ("tilewise.torch", None),
     "verify": ("tilewise.verify", None),
@@ -80,8 +84,8 @@ def attention(q: Any, k: Any = None, v: Any = None, **options: Any) -> Any:
     Formula: `o = softmax(scale q k^T) v`, with the options of `tilewise.numpy.attention`.
 
     Args:
-        q: `(B, H, N, D)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch
-            tensor.
+        q: `(B, H, N, D)`, float64, float32, bfloat16 or float16. An array of NumPy or JAX, or a
+            PyTorch tensor.
         k: `(B, Hk, Nk, D)`, dtype of q. Hk must divide H.
         v: `(B, Hk, Nk, Dv)`, dtype of q. With a `cache` neither k nor v need be given.
         **options: As in `tilewise.numpy.attention`.
@@ -116,6 +120,8 @@ def attention_varlen(
         TypeError: No frontend knows the type of q.
     """
     frontend = _frontend("attention_varlen", q)
+    if not hasattr(frontend, "attention_varlen"):
+        raise unsupported("attention_varlen", "JAX has no packed sequences; tilewise.documents has")
     return frontend.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
 
 
@@ -146,7 +152,8 @@ def softmax(x: Any, *axis: Any, **options: Any) -> Any:
     Formula: `y = exp(s) / sum exp(s)` with `s = x / temperature`.
 
     Args:
-        x: Any shape, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch tensor.
+        x: Any shape, float64, float32, bfloat16 or float16. An array of NumPy or JAX, or a
+            PyTorch tensor.
         *axis: The axis or axes of a row; by default the last.
         **options: As in `tilewise.numpy.softmax` or `tilewise.torch.softmax`.
 
@@ -193,6 +200,24 @@ def logsumexp(x: Any, *axis: Any, **options: Any) -> Any:
     return _frontend("logsumexp", x, "x").logsumexp(x, *axis, **options)
 
 
+def linear(x: Any, w: Any, bias: Any = None, **options: Any) -> Any:
+    """Compute `y = x w^T + bias` with the frontend of the array's own type.
+
+    Args:
+        x: `(..., C)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch tensor.
+        w: `(V, C)`, dtype of x.
+        bias: `(V,)`, dtype of x, or None.
+        **options: As in `tilewise.torch.linear`.
+
+    Returns:
+        y: `(..., V)`, dtype of x.
+
+    Raises:
+        TypeError: No frontend knows the type of x.
+    """
+    return _frontend("linear", x, "x").linear(x, w, bias, **options)
+
+
 def linear_cross_entropy(hidden: Any, weight: Any, targets: Any, **options: Any) -> Any:
     """Compute the cross-entropy of a linear classifier, by the type of hidden.
 
@@ -228,6 +253,10 @@ def _frontend(operator: str, array: Any, name: str = "q") -> Any:
             import tilewise.torch as tensors
 
             return tensors
+        if package in ("jax", "jaxlib"):
+            import tilewise.jax as traced
+
+            return traced
     raise type_error(operator, name, "be a numpy.ndarray", type(array).__name__)
 
 

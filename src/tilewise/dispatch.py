@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.base.errors import unsupported, value_error
+from tilewise.base.memory import empty
 from tilewise.base.operator import Arrays, FlatOperator, Implementation
 
 _SOFTMAX = {
@@ -32,6 +33,10 @@ TABLE: dict[str, dict[str, str]] = {
     "softmax": _SOFTMAX,
     "log_softmax": _SOFTMAX,
     "logsumexp": _SOFTMAX,
+    "linear": {
+        "cpu": "tilewise.ops.linear.cpu",
+        "reference": "tilewise.ops.linear.reference",
+    },
     "linear_cross_entropy": {
         "cpu": "tilewise.ops.linear_cross_entropy.cpu",
         "reference": "tilewise.ops.linear_cross_entropy.reference",
@@ -111,7 +116,7 @@ def evaluate(
         part = [None if a is None else _part(a, index, extra) for a in arrays]
         results = _evaluate_one(operator, kind, part, options, needed)
         if not out:
-            out = [None if r is None else np.empty((*leading, *r.shape), r.dtype) for r in results]
+            out = [None if r is None else empty((*leading, *r.shape), r.dtype) for r in results]
         for whole, result in zip(out, results, strict=True):
             if whole is not None and index is not None:
                 whole[index] = result

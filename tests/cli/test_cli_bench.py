@@ -20,6 +20,7 @@ import tilewise as tw
 from tilewise import numpy as door
 from tilewise.bench import attention as measuring
 from tilewise.bench import cases, contenders, derivatives, peers, textbook
+from tilewise.bench import softmax as rows
 from tilewise.bench.attention import CaseFailed
 from tilewise.bench.cases import DOOR, PYTORCH, SUITES, TILEWISE, Case, custom_case, small
 from tilewise.bench.problems import Pattern
@@ -45,6 +46,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(memory, "run_fresh", call)
     monkeypatch.setattr(measuring, "_SPENT_SECONDS", 0)
+    monkeypatch.setattr(rows, "_SPENT_SECONDS", 0)
     monkeypatch.setattr(measuring, "fma_peak", lambda dtype: 123.0)
     yield
     contenders.set_threads(threads)
@@ -255,7 +257,7 @@ def test_failed_case_ends_with_status_1(app: typer.Typer, monkeypatch: pytest.Mo
     ("options", "words"),
     [
         (("--dtype", "int8"), "--dtype must be float64, float32, bfloat16 or float16"),
-        (("--suite", "huge"), "--suite must be quick, full, train, decode, masks or varlen"),
+        (("--suite", "huge"), "--suite must be quick, full, train, decode, masks, varlen or jax"),
         (("--peer", "nobody"), "--peer must be part of one of the names tilewise.torch, PyTorch"),
         (("--derivatives", "--dtype", "float64"), "--derivatives takes float32 alone"),
         (("--json", "/nonexistent/figures.json"), "cannot be written"),
@@ -474,3 +476,40 @@ def test_fresh_process_reports_its_failure(monkeypatch: pytest.MonkeyPatch) -> N
         memory.run_fresh("no_such_module:function", {})
     with pytest.raises(memory.FreshProcessError, match="stopped after"):
         memory.run_fresh(f"{Path(__file__).stem}:nap", {"seconds": 60}, timeout=1)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_rows_are_compared_with_the_peers_that_there_are(app: typer.Typer, tmp_path: Path) -> None:
+    target = tmp_path / "rows.json"
+    options = ["--quick", "--repeats", "2", "--case", "x 4096", "--json", str(target)]
+    result = CliRunner().invoke(app, ["bench", "softmax", *options])
+    assert result.exit_code == 0, result.output
+    written = json.loads(target.read_text())
+    assert written["machine"]["processor"] and not written["failed"]
+    assert {run["case"]["operator"] for run in written["runs"]} == set(rows.OPERATORS)
+    for run in written["runs"]:
+        for timing in run["timings"]:
+            copies = timing["contender"] == rows.COPY
+            assert timing["rounds"] >= 2 and (timing["error"] is None) == copies
+            assert (timing["extra_bytes"] is not None) == run["case"]["memory"]
+        assert run["timings"][0]["ratio"] == 1
+        absent = importlib.util.find_spec("torch") is None
+        assert ("PyTorch" in run["skipped"]) == absent
+    assert "of memcpy" in result.stdout
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_rows_that_are_wrong_get_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = rows.RowCase("wrong", "softmax", 5, 7, contenders=("tilewise", rows.COPY))
+    right = rows.OPERATORS["softmax"]
+
+    def broken(x: Any) -> Any:
+        call = right.makers["tilewise"](x)
+        return lambda: call() * np.float32(1.0001)
+
+    makers = {**right.makers, "tilewise": broken}
+    monkeypatch.setitem(rows.OPERATORS, "softmax", replace(right, makers=makers))
+    with pytest.raises(CaseFailed, match="tilewise is wrong"):
+        rows.run_case(case, repeats=1)
+    monkeypatch.setitem(rows.OPERATORS, "softmax", right)
+    assert rows.run_case(case, repeats=1)["timings"][0]["error"] < 1e-5

@@ -219,7 +219,7 @@ def test_a_wrong_call_of_the_grid_exits_with_2(monkeypatch, capsys, tmp_path, ar
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["nothing"], "operator must be 'attention' or package.module:function, got 'nothing'"),
+        (["nothing"], "package.module:function, got 'nothing'"),
         (["--implementation", "fast"], "implementation must be one of 'cpu', 'reference'"),
         (["--select", "no such case"], "select must be part of a case's name"),
         (["--dtype", "half"], "dtype must be float64, float32, bfloat16 or float16, got 'half'"),

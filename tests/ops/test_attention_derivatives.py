@@ -502,3 +502,30 @@ def test_dropout_of_zero_is_none(derivatives: Evaluate) -> None:
     plain = tw.numpy.attention(a["q"], a["k"], a["v"], implementation="cpu")
     seeded = tw.numpy.attention(a["q"], a["k"], a["v"], dropout_p=0.0, seed=7, implementation="cpu")
     assert same_bits(plain, seeded)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("N, Nk", [(307, 307), (3, 2311)], ids=["square", "few queries"])
+def test_what_tangents_of_logits_have_in_common_costs_no_digits(
+    N: int, Nk: int, with_sinks: bool
+) -> None:
+    """A common tangent of all keys moves no probability; a difference of large numbers would."""
+    rng = np.random.default_rng(5)
+    shapes = (1, 2, N, 32), (1, 2, Nk, 32), (1, 2, Nk, 32)
+    drawn = [rng.standard_normal(shape).astype(np.float32) for shape in shapes * 2]
+    drawn[1] += 10  # tk
+    sinks = np.array([0.5, 2], np.float32) if with_sinks else None
+    options: dict[str, Any] = {"mask": tw.causal()}
+
+    def tangents(arrays: list[Array]) -> list[tuple[Array, Array]]:
+        more = {**options, "sinks": None if sinks is None else sinks.astype(arrays[0].dtype)}
+        r = tw.attention(*arrays[3:], return_stats=True, **more)
+        apart = tw.numpy.attention_jvp(*arrays, r.o, r.stats, **more)
+        _, one_pass = tw.numpy.attention_forward_jvp(*arrays, **more)
+        return [(x.to, x.tlse) for x in (apart, one_pass)]
+
+    exact = tangents([x.astype(np.float64) for x in drawn])
+    for found, right in zip(tangents(drawn), exact, strict=True):
+        for x, y in zip(found, right, strict=True):
+            # Without a centre: 1.4e-6 and more.
+            assert np.linalg.norm(x - y) <= 1.1e-6 * np.linalg.norm(y)

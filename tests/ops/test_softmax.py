@@ -344,6 +344,22 @@ def test_absent_cotangents_and_tangents_are_zero(implementation: str, missing: s
     assert not any(np.any(t) for t in still)
 
 
+def test_the_gradient_of_the_sink_alone_is_that_beside_the_other() -> None:
+    """The kernels write what there is room for."""
+    from tilewise.ops.softmax import cpu
+    from tilewise.ops.softmax.spec import Needed
+
+    x, sink = drawn(3, 13), drawn(3)
+    call = Problem("softmax", x, -1, sink=sink).call
+    r = softmax(x, sink=sink, return_stats=True)
+    stats = SoftmaxStats(r.stats.m[:, None], r.stats.log_l[:, None])
+    cotangents = CotangentCall(x[..., None], None, None, stats)
+    both = cpu.vjp(call, cotangents)
+    alone = cpu.vjp(call, cotangents, Needed(x=False, sink=True))
+    assert alone.dx is None
+    assert alone.dsink.tobytes() == both.dsink.tobytes()
+
+
 def test_statistics_of_a_larger_softmax_give_the_gradients_of_a_part(implementation: str) -> None:
     x, dlse = drawn(3, 31), drawn(3, seed=2)
     stats = softmax(x, return_stats=True, implementation=implementation).stats
@@ -554,6 +570,28 @@ def test_results_are_written_into_out_and_in_place(
         for own in (x.copy(), np.asfortranarray(x)):
             function(own, axis, sink=1.0, out=own, implementation=implementation)
             same(implementation, own, want)
+
+
+@pytest.mark.parametrize(("rows", "C"), [(1031, 4099), (4507, 997), (30_011, 151), (3, 1_500_007)])
+def test_large_results_have_the_bits_of_their_rows(
+    rows: int, C: int, setting: Callable[..., AbstractContextManager[None]]
+) -> None:
+    """Results of 16 MiB and more go past the caches, also to addresses that are not aligned."""
+    from tilewise import _core
+
+    x = drawn(rows, C, dtype=F32)
+    few = [0, 1, rows // 2, rows - 1]
+    wants = {
+        f: np.stack([f(x[k], implementation="cpu") for k in few]) for f in (softmax, log_softmax)
+    }
+    off = np.empty(x.size + 5, np.float32)[5:].reshape(x.shape)
+    for target in _core.targets():
+        with setting(target, 1):
+            for function, want in wants.items():
+                for out in (off, x.copy()):
+                    out[...] = x
+                    function(out if out is not off else x, out=out, implementation="cpu")
+                    assert out[few].tobytes() == want.tobytes(), target
 
 
 def test_threads_and_targets_do_not_change_bits(

@@ -131,6 +131,7 @@ class Implementation:
         vjp_jvp: ``(call, second, needed) -> tangents of the gradients``, or None.
         forward_jvp: ``(call, want, tangents) -> outputs and their tangents`` in one pass, or None.
         refuses: ``call -> why this call is not served, or None``.
+        jvp_jvp: ``(call, second) -> tangents of the output tangents``, or None.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Implementation:
     vjp_jvp: Callable[..., Any] | None = None
     forward_jvp: Callable[..., Any] | None = None
     refuses: Callable[[Any], str | None] = _serves_every_call
+    jvp_jvp: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,9 @@ class Operator:
 Arrays = tuple[NDArray[Any] | None, ...]
 KINDS = ("forward", "vjp", "jvp", "vjp_jvp")
 """The functions of an implementation."""
+
+FORWARD_TWICE = "jvp_jvp"
+"""One more function, for forward mode over forward mode alone, that not every operator has."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,12 @@ class FlatOperator:
         kept_gradients: How many residuals, the last ones, are gradients by the first active inputs
             for a cotangent of 1 of the first output, which has no dimension then. They are there
             where `needed` asks for them, else None; the first backward uses them up.
+        jvp_jvp: ``(implementation, call, needed, second tangents, other tangents, tangents, output
+            tangents, other output tangents, outputs, residuals) -> second output tangents``: what
+            moving along the other tangents, and the tangents along the second ones, does to the
+            output tangents. Any of those may be None.
+        split_over: ``(kind, arrays, options) -> number`` of first dimensions of all arguments and
+            results that are batches as with `folds`; by default what that says.
     """
 
     name: str
@@ -226,6 +237,18 @@ class FlatOperator:
     vjp_jvp: Callable[..., Arrays]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     kept_gradients: int = 0
+    jvp_jvp: Callable[..., Arrays] | None = None
+    split_over: Callable[..., int] | None = None
+
+    def batch(self, kind: str, arrays: Sequence[Any], options: Mapping[str, Any]) -> int:
+        """Return how many of the first dimensions of all arguments and results are batches.
+
+        Args:
+            kind: Which function takes the arguments.
+            arrays: The arguments, or what has their shapes and dtypes; None where there is none.
+            options: The other options.
+        """
+        return int((self.split_over or self.folds)(kind, arrays, options))
 
     def lengths(self, kind: str) -> tuple[int, ...]:
         """Return how many arrays each group has that a function of this kind takes.
@@ -236,7 +259,9 @@ class FlatOperator:
         x, y = self.active_inputs, self.active_outputs
         if kind == "forward":
             return (len(self.inputs),)
-        given = {"vjp": (y,), "jvp": (x,), "vjp_jvp": (y, x, y, y)}[kind]
+        given = {"vjp": (y,), "jvp": (x,), "vjp_jvp": (y, x, y, y), "jvp_jvp": (x, x, x, y, y)}[
+            kind
+        ]
         return (*given, len(self.inputs), y, len(self.residuals))
 
     def arguments(self, kind: str) -> tuple[str, ...]:
@@ -263,10 +288,10 @@ class FlatOperator:
     @cached_property
     def first(self) -> dict[str, int]:
         """For each kind, where the inputs begin among its arguments."""
-        return {kind: sum(self.lengths(kind)[:-3]) for kind in KINDS}
+        return {kind: sum(self.lengths(kind)[:-3]) for kind in (*KINDS, FORWARD_TWICE)}
 
     def results(self, kind: str) -> int:
         """Return how many arrays a function of this kind returns."""
         if kind == "forward":
             return len(self.outputs) + len(self.residuals)
-        return self.active_outputs if kind == "jvp" else self.active_inputs
+        return self.active_outputs if kind in ("jvp", FORWARD_TWICE) else self.active_inputs

@@ -21,7 +21,7 @@ from typing import Any
 
 from tilewise.base.dtypes import is_narrow, unit_roundoff
 from tilewise.bench import contenders, textbook
-from tilewise.bench.cases import MATH, PADDED, READ, TEXTBOOK, Case, dtype_of
+from tilewise.bench.cases import JAX, MATH, PADDED, READ, TEXTBOOK, Case, dtype_of
 from tilewise.bench.problems import Contender, NotAvailable, Problem
 from tilewise.hardware import machine, memory
 
@@ -124,7 +124,7 @@ def report(
     """Return all figures with the machine and the versions, as the JSON file holds them."""
     from tilewise import __version__
 
-    versions = machine.versions("numpy", "ml_dtypes", "torch", "onnxruntime")
+    versions = machine.versions("numpy", "ml_dtypes", "torch", "onnxruntime", "jax")
     return {
         "machine": {**machine.describe(), "target": _target()},
         "versions": {"tilewise": __version__, **versions},
@@ -294,7 +294,7 @@ def _needs(name: str, case: Case, itemsize: int) -> int:
     sizes = (case.B * case.H, case.N, case.keys, itemsize)
     if name == TEXTBOOK:
         return textbook.peak_bytes(*sizes)
-    if name == MATH:
+    if name in (MATH, JAX):
         # Both directions of a group are prepared at once.
         return sum(contenders.math_bytes(*sizes, direction) for direction in case.groups[-1])
     if name == PADDED:

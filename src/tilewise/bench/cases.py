@@ -15,6 +15,8 @@ __all__ = [
     "DERIVATIVES",
     "DOOR",
     "FLEX",
+    "JAX",
+    "JAX_DOOR",
     "MATH",
     "ONE_BY_ONE",
     "ONNX",
@@ -44,6 +46,8 @@ MATH = "PyTorch math"
 PADDED = "PyTorch, padded"
 PYTORCH_ONE_BY_ONE = "PyTorch, one by one"
 FLEX = "FlexAttention"
+JAX_DOOR = "tilewise.jax"
+JAX = "jax.nn"
 ONNX = "onnxruntime"
 TEXTBOOK = "NumPy textbook"
 READ = "plain read"
@@ -53,7 +57,7 @@ _EVERY = (TILEWISE, DOOR, PYTORCH, TEXTBOOK)
 _MASKED = (DOOR, PYTORCH, FLEX)
 _SEQUENCES = (VARLEN, ONE_BY_ONE, PYTORCH_ONE_BY_ONE, PADDED)
 
-_PRODUCTS = {"forward": 2, "backward": 5, "jvp": 6, "double backward": 15}
+_PRODUCTS = {"forward": 2, "backward": 5, "step": 7, "jvp": 6, "double backward": 15}
 _FEWEST_QUERIES_THROUGH_TORCH = 512
 _SMALLER = 64
 
@@ -63,7 +67,8 @@ class Case:
     """A problem size, its mask, and who computes it; the first is what the others are compared to.
 
     `threads` lists thread counts, None for the run's own. `derivatives` adds the JVP and double
-    backward. `causal` to `lengths` are those of `Pattern`.
+    backward; `step` is forward and backward as one program, in place of a backward. `causal` to
+    `lengths` are those of `Pattern`.
     """
 
     name: str
@@ -82,10 +87,13 @@ class Case:
     contenders: tuple[str, ...] = _EVERY
     threads: tuple[int, ...] | None = None
     derivatives: bool = False
+    step: bool = False
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Directions, those together that take turns with each other."""
+        if self.step:
+            return ("forward",), ("step",)
         if self.derivatives:
             return ("forward", "jvp"), ("backward", "double backward")
         return (("forward",), ("backward",)) if self.backward else (("forward",),)
@@ -93,7 +101,7 @@ class Case:
     @property
     def training(self) -> bool:
         """Whether the forward is timed as the one that a backward follows."""
-        return self.backward and not self.derivatives
+        return self.backward and not (self.derivatives or self.step)
 
     @property
     def keys(self) -> int:
@@ -145,16 +153,25 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases, and the dtypes and thread counts that they run with unless others are asked for."""
+    """Cases, and the dtypes and thread counts that they run with unless others are asked for.
+
+    Of the cases in `memory` the memory is measured, in float32.
+    """
 
     cases: tuple[Case, ...]
     dtypes: tuple[str, ...] = ("float32",)
     threads: tuple[int, ...] = (1,)
+    memory: tuple[Case, ...] = ()
 
 
 def _train(B: int, H: int, N: int, D: int, causal: bool) -> Case:
     name = f"{'causal' if causal else 'full'}, B={B}, H={H}, N={N}, D={D}"
     return Case(name, B, H, N, D, causal=causal, contenders=(DOOR, PYTORCH))
+
+
+def _jax(H: int, N: int, causal: bool = False) -> Case:
+    name = f"{'causal' if causal else 'full'}, B=1, H={H}, N={N}, D=64"
+    return Case(name, 1, H, N, 64, causal=causal, contenders=(JAX_DOOR, JAX), step=True)
 
 
 def _decode(Nk: int) -> Case:
@@ -225,6 +242,11 @@ SUITES: dict[str, Suite] = {
             _sequences("12 sequences, 37 to 4096, causal", _LENGTHS, True),
         ),
         _BOTH,
+    ),
+    "jax": Suite(
+        (_jax(8, 512), _jax(8, 2048), _jax(8, 2048, causal=True)),
+        _BOTH,
+        memory=(_jax(2, 16384),),
     ),
 }
 

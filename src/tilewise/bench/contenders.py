@@ -9,10 +9,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tilewise.bench import peers, textbook
+from tilewise.bench import jax_peers, peers, textbook
 from tilewise.bench.cases import (
     DOOR,
     FLEX,
+    JAX,
+    JAX_DOOR,
     MATH,
     ONE_BY_ONE,
     ONNX,
@@ -45,7 +47,13 @@ __all__ = [
 Array = NDArray[Any]
 
 # What PyTorch 2.13's math path holds at its peak, measured, in matrices of one float per pair.
-_MATH_MATRICES = {"forward": 2.3, "backward": 3.1, "jvp": 5.3, "double backward": 11.3}
+_MATH_MATRICES = {
+    "forward": 2.3,
+    "backward": 3.1,
+    "step": 3.1,
+    "jvp": 5.3,
+    "double backward": 11.3,
+}
 _PEERS = {
     PYTORCH: peers.pytorch,
     PACKED: peers.pytorch_packed,
@@ -54,6 +62,7 @@ _PEERS = {
     FLEX: peers.flex,
     ONNX: peers.onnx,
     READ: peers.plain_read,
+    JAX: jax_peers.jax_nn,
 }
 
 
@@ -74,6 +83,8 @@ def make(
     if name in (DOOR, VARLEN, ONE_BY_ONE):
         _load_implementations(implementation)
         return peers.tilewise(name, problem, implementation, once=once)
+    if name == JAX_DOOR:
+        return jax_peers.tilewise(problem, implementation)
     if name == MATH:
         return peers.pytorch_math(problem, once=once)
     return _PEERS[name](problem)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tilewise.bench import contenders, textbook
 from tilewise.bench.attention import CaseFailed, no_room, verdict
-from tilewise.bench.cases import DERIVATIVES, DOOR, MATH, TILEWISE, Case
+from tilewise.bench.cases import DERIVATIVES, DOOR, JAX, MATH, TILEWISE, Case
 from tilewise.bench.problems import Contender, Problem
 from tilewise.hardware import memory
 
@@ -73,6 +73,8 @@ def measure_memory(
         CaseFailed: tilewise failed, or a result is not within the gate of the float64 one.
     """
     names = [TILEWISE] + [DOOR, MATH] * (importlib.util.find_spec("torch") is not None)
+    if case.step:
+        names = list(case.contenders)
     for direction in (direction for group in case.groups for direction in group):
         size = case
         while True:
@@ -87,7 +89,7 @@ def _measure(
     case: Case, direction: str, contender: str, threads: int, implementation: str | None
 ) -> Figures:
     this = Figures(case.N, direction, contender)
-    if contender == MATH:
+    if contender in (MATH, JAX):
         need = contenders.math_bytes(case.B * case.H, case.N, case.keys, 4, direction)
         reason = no_room(need)
         if reason:
@@ -102,7 +104,7 @@ def _measure(
     try:
         answer = memory.run_fresh(f"{__name__}:measure_contender", arguments, threads=threads)
     except memory.FreshProcessError as error:
-        if contender == MATH:
+        if contender in (MATH, JAX):
             return replace(this, skipped=str(error))
         raise CaseFailed(f"{case.name}, {direction}: {contender}: {error}") from error
     if "wrong" in answer:
@@ -146,13 +148,10 @@ def _make(contender: str, problem: Problem, implementation: str | None) -> Conte
 def _errors(problem: Problem, results: dict[str, Any]) -> dict[str, float]:
     """Compare the last rows, which are an attention of their own, with float64."""
     rows = slice(-_CHECKED_ROWS, None)
-    tq, tk, tv = problem.tangents
-    part = replace(
-        problem,
-        q=problem.q[:, :, rows],
-        do=problem.do[:, :, rows],
-        tangents=(tq[:, :, rows], tk, tv),
-    )
-    truth = part.truth()._asdict() | part.true_tangents()
+    part = replace(problem, q=problem.q[:, :, rows], do=problem.do[:, :, rows])
+    truth = part.truth()._asdict()
+    if problem.tangents:
+        tq, tk, tv = problem.tangents
+        truth |= replace(part, tangents=(tq[:, :, rows], tk, tv)).true_tangents()
     found = (name for name in _CHECKED if name in results)
     return {n: textbook.relative_error(results[n][:, :, rows], truth[n]) for n in found}

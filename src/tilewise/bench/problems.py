@@ -193,6 +193,7 @@ class Contender:
         outputs: turns what `forward` returned into named arrays: o, and more where it has more.
         backward: returns (dq, dk, dv) from what `saving` returned; it may be missing.
         saving: the forward that prepares a backward, where it differs from `forward`.
+        step: returns o, dq, dk, dv, forward and backward in one.
         jvp: returns o and its tangent.
         graph: returns what `saving` does, and the gradients that `double_backward` takes.
         double_backward: returns the tangents of dq, dk, dv, and that of o where it is known.
@@ -204,6 +205,7 @@ class Contender:
     outputs: Callable[[Any], dict[str, Array]]
     backward: Callable[[Any], tuple[Any, ...]] = missing
     saving: Callable[[], Any] | None = None
+    step: Callable[[], tuple[Any, ...]] = missing
     jvp: Callable[[], tuple[Any, Any]] = missing
     graph: Callable[[], tuple[Any, tuple[Any, ...]]] = missing
     double_backward: Callable[[Any, Any], tuple[Any, ...]] = missing
@@ -232,8 +234,8 @@ class Contender:
         if direction == "double backward":
             graph = self.graph()
             return lambda: self.double_backward(*graph)
-        if direction == "jvp":
-            return self.jvp
+        if direction in ("jvp", "step"):
+            return self.jvp if direction == "jvp" else self.step
         return self.save if training else self.forward
 
     def run(self, direction: str) -> dict[str, Array]:
@@ -246,4 +248,6 @@ class Contender:
             return {**self.outputs(saved), **self.arrays("dq dk dv", grads), **last}
         if direction == "jvp":
             return self.arrays("o to", self.jvp())
+        if direction == "step":
+            return self.arrays("o dq dk dv", self.step())
         return self.outputs(self.forward())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tilewise.bench.cases import Case
 
-__all__ = ["attention", "register"]
+__all__ = ["attention", "register", "softmax"]
 
 _DECODE_NOTE = (
     " GB/s: keys and values over the time. Of read: the time of a plain read of them over it."
@@ -30,12 +30,18 @@ _DERIVATIVES_NOTE = (
     "growth of a fresh process beyond inputs and outputs, from the inputs to all results."
 )
 
+_ROWS_NOTE = (
+    " GB/s: inputs and outputs once, over the time. Of memcpy: that rate over the copy's. Extra: "
+    "growth of a fresh process beyond inputs and outputs."
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command group to the application."""
     group = typer.Typer(no_args_is_help=True, help="Speed beside other libraries, after a check.")
     group.callback()(_group)
     group.command("attention")(attention)
+    group.command("softmax")(softmax)
     app.add_typer(group, name="bench")
 
 
@@ -49,7 +55,7 @@ def attention(
         typer.Option("--n", min=1, help="Time N queries and keys instead of a suite; repeatable."),
     ] = None,
     suite: Annotated[
-        str, typer.Option("--suite", help="quick, full, train, decode, masks or varlen.")
+        str, typer.Option("--suite", help="quick, full, train, decode, masks, varlen or jax.")
     ] = "quick",
     small_sizes: Annotated[
         bool, typer.Option("--quick", help="Lengths of the suite divided by 64, for a try.")
@@ -104,7 +110,7 @@ def attention(
         _check_matplotlib()
     chosen = SUITES["quick"] if derivatives or n else SUITES[suite]
     cases: tuple[Case, ...] = CASES if derivatives else chosen.cases
-    whole: tuple[Case, ...] = (MEMORY_CASE,) if derivatives else ()
+    whole: tuple[Case, ...] = (MEMORY_CASE,) if derivatives else chosen.memory
     if n:
         sizes: dict[str, Any] = {"B": batch, "H": heads, "D": head_dim}
         sizes |= {"causal": causal, "window": window, "derivatives": derivatives}
@@ -128,6 +134,62 @@ def attention(
         bench_figure(result, plot_file)
     if result["failed"]:
         raise typer.Exit(1)
+
+
+def softmax(
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of every contender.")] = 1,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Least number of turns per contender.")
+    ] = 9,
+    small_sizes: Annotated[
+        bool, typer.Option("--quick", help="Rows and columns divided by 32, for a try.")
+    ] = False,
+    only: Annotated[str, typer.Option("--case", help="Only the cases whose name has this.")] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
+    ] = None,
+) -> None:
+    """Softmax, log-softmax and log-sum-exp; no figure is shown for a result that is wrong."""
+    from rich.console import Console
+
+    from tilewise.bench.softmax import CASES, report, run_case, small
+
+    _check_writable(json_file)
+    cases = [case for case in CASES if only in case.name]
+    if not cases:
+        _fail(f"--case must be part of one of {', '.join(c.name for c in CASES)}, got {only!r}")
+    screen, failed, runs = Console(), list[str](), list[dict[str, Any]]()
+    for case in map(small, cases) if small_sizes else cases:
+        with _attempt(case.name, failed):
+            runs.append(run_case(case, threads=threads, repeats=repeats))
+            screen.print(_rows_table(runs[-1]))
+    result = report(runs, threads=threads) | {"failed": failed}
+    screen.print(_footer(result) + _ROWS_NOTE, highlight=False)
+    if json_file is not None:
+        replace_text(json_file, json.dumps(result, indent=2) + "\n")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _rows_table(run: dict[str, Any]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    title = f"{run['case']['name']}: {run['threads'][0]} thread{'s' * (run['threads'] != [1])}"
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE)
+    names = ["", "ms", "spread", "turns", "GB/s", "of memcpy", "ratio"]
+    for name in names + ["extra MiB"] * run["case"]["memory"]:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for t in run["timings"]:
+        spread = (t["upper_quartile_s"] - t["lower_quartile_s"]) / t["median_s"]
+        share, extra = t["share_of_copy"], t["extra_bytes"]
+        cells = [t["contender"], f"{1e3 * t['median_s']:.2f}", f"{100 * spread:.0f} %"]
+        cells += [str(t["rounds"]), f"{t['gbytes_per_s']:.1f}"]
+        cells += ["" if share is None else f"{100 * share:.0f} %", f"{t['ratio']:.2f}"]
+        table.add_row(*cells, *([] if extra is None else [f"{extra / 2**20:.1f}"]))
+    notes = [f"{name} not available: {reason}" for name, reason in run["skipped"].items()]
+    table.caption = "\n".join(notes) or None
+    return table
 
 
 def _check_dtypes(names: Sequence[str]) -> None:
@@ -248,7 +310,7 @@ def _table(run: dict[str, Any]) -> Table:
 
 
 def _is_decode(run: dict[str, Any]) -> bool:
-    return any(t["kv_gbytes_per_s"] is not None for t in run["timings"])
+    return any(t.get("kv_gbytes_per_s") is not None for t in run["timings"])
 
 
 def _cells(timing: dict[str, Any], *, several: bool, decode: bool) -> list[str]:
@@ -306,7 +368,7 @@ def _notes(run: dict[str, Any]) -> list[str]:
 
 def _footer(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    peaks = [run["peak_gflops"] for run in result["runs"] if run["peak_gflops"]]
+    peaks = [run["peak_gflops"] for run in result["runs"] if run.get("peak_gflops")]
     peak = f"; FMA peak of one core {max(peaks):.0f} GFLOP/s" if peaks else ""
     return (
         f"{result['machine']['processor']}, {result['machine']['cores']} cores, "
@@ -315,5 +377,5 @@ def _footer(result: dict[str, Any]) -> str:
         "contender's time over that of the first line, median over the turns (above 1: the first "
         "is faster)."
         + _DECODE_NOTE * any(map(_is_decode, result["runs"]))
-        + _DERIVATIVES_NOTE * bool(result["memory"])
+        + _DERIVATIVES_NOTE * bool(result.get("memory"))
     )

@@ -49,4 +49,16 @@ def _core() -> dict[str, str]:
         return {"compiled core": f"missing ({error}); only the reference implementation runs"}
     active = _core.target()
     targets = [f"{name} (active)" if name == active else name for name in _core.targets()]
-    return {"targets": ", ".join(targets), "threads": str(_core.num_threads())}
+    return {
+        "targets": ", ".join(targets),
+        "threads": str(_core.num_threads()),
+        "JAX runs by": _jax(),
+    }
+
+
+def _jax() -> str:
+    try:
+        from tilewise import _xla
+    except ImportError:
+        return "host callbacks (built without XLA's headers)"
+    return f"a handler in XLA, built for version {'.'.join(map(str, _xla.API))} of its interface"

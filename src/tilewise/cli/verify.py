@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
 def verify(
     operator: Annotated[
         str,
-        typer.Argument(help="attention, or a function of your own as package.module:function."),
+        typer.Argument(
+            help="attention, softmax, log_softmax, logsumexp, cross_entropy or linear; or an "
+            "attention of your own as package.module:function."
+        ),
     ] = "attention",
     implementation: Annotated[
         str | None, typer.Option("--implementation", help="cpu or reference.")
@@ -74,7 +77,7 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Audit attention: errors against float64, derivatives, masks, edge cases, same bits.
+    """Audit an operator: errors against float64, derivatives, masks, edge cases, same bits.
 
     The exit status is 0 if everything passed, 1 if something failed, 2 for a wrong call.
     """

@@ -2,6 +2,7 @@
 
 from tilewise.ops.attention.spec import AttentionGrads, OutputTangents, RowStats
 from tilewise.ops.cross_entropy.spec import EntropyGrads, EntropyStats, EntropyTangents
+from tilewise.ops.linear.spec import LinearGrads
 from tilewise.ops.linear_cross_entropy.spec import LossGrads, LossStats
 from tilewise.ops.softmax.spec import SoftmaxGrads, SoftmaxStats, SoftmaxTangents
 
@@ -20,6 +21,7 @@ from .cross_entropy import (
     cross_entropy_vjp,
     cross_entropy_vjp_jvp,
 )
+from .linear import linear, linear_jvp, linear_vjp, linear_vjp_jvp
 from .linear_cross_entropy import (
     LinearCrossEntropyResult,
     LossTangents,
@@ -61,6 +63,7 @@ __all__ = [
     "EntropyStats",
     "EntropyTangents",
     "LinearCrossEntropyResult",
+    "LinearGrads",
     "LogSoftmaxResult",
     "LossGrads",
     "LossState",
@@ -87,12 +90,16 @@ __all__ = [
     "cross_entropy_jvp",
     "cross_entropy_vjp",
     "cross_entropy_vjp_jvp",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_jvp",
     "linear_cross_entropy_shard",
     "linear_cross_entropy_shard_vjp",
     "linear_cross_entropy_vjp",
     "linear_cross_entropy_vjp_jvp",
+    "linear_jvp",
+    "linear_vjp",
+    "linear_vjp_jvp",
     "log_softmax",
     "logsumexp",
     "merge_shards",

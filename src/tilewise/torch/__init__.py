@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention import AttentionResult, attention
 from .cross_entropy import CrossEntropyResult, cross_entropy
+from .linear import linear
 from .linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from .sdpa import replace_sdpa, scaled_dot_product_attention
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "cross_entropy",
+    "linear",
     "linear_cross_entropy",
     "log_softmax",
     "logsumexp",

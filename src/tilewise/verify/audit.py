@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from tilewise.base.dtypes import FLOATS, is_narrow, listed
 from tilewise.base.errors import type_error, value_error
 
-from . import metrics
 from .blas import one_blas_thread
 from .cases.attention import CASES
 from .cases.problem import Case, Dims, Problem, dtype_of
+from .flat import ENTRIES, run_flat
+from .judge import accuracy, compare, poison_heap, text_of, verdict
 from .oracle import BACKWARD, SECOND, Oracle, Question, consult
-from .report import FAILED, PASSED, SKIPPED, CaseResult, Check, Report
+from .report import FAILED, SKIPPED, CaseResult, Check, Report
 from .subject import (
     RESULTS,
     Forward,
@@ -62,7 +63,8 @@ def run(
     """Audit an implementation, or a function of your own.
 
     Args:
-        operator: ``"attention"``; or a function with the signature of
+        operator: ``"attention"``, ``"softmax"``, ``"log_softmax"``, ``"logsumexp"``,
+            ``"cross_entropy"`` or ``"linear"``; or a function with the signature of
             `tilewise.numpy.attention`, or its name ``"package.module:function"``. Cases whose
             options the function does not take are skipped.
         implementation: Which implementation of the operator; None for the default one.
@@ -74,7 +76,8 @@ def run(
         vjp_jvp: The tangents of its gradients, with the signature of
             `tilewise.numpy.attention_vjp_jvp`, or their name.
         dtypes: In which dtypes to try every case, "float32", "float64", "bfloat16" or "float16";
-            by default each case has its own, float32 or float64.
+            by default each case of attention has its own, float32 or float64, and those of the
+            others are tried in all.
         tensors: Whether the own functions take and return PyTorch's tensors. Then the gradients
             are those of autograd unless there is a vjp.
         invariant: Whether parts of a problem must have the bits of the whole. By default that is
@@ -90,6 +93,9 @@ def run(
     """
     derivatives = {"vjp": vjp, "jvp": jvp, "vjp_jvp": vjp_jvp}
     check_dtypes(dtypes)
+    if isinstance(operator, str) and operator in ENTRIES:
+        _refuse_functions(operator, derivatives, tensors=tensors)
+        return run_flat(operator, implementation, select, progress, dtypes)
     subject = _subject(operator, implementation, derivatives, tensors=tensors)
     if invariant is not None:
         subject = replace(subject, invariant=invariant)
@@ -136,14 +142,21 @@ def _subject(
     if not isinstance(operator, str):
         raise type_error("verify", "operator", "be a name or a function", type(operator).__name__)
     if operator != "attention":
-        requirement = "be 'attention' or package.module:function"
+        names = ", ".join(map(repr, ("attention", *ENTRIES)))
+        requirement = f"be one of {names}, or package.module:function"
         raise value_error("verify", "operator", requirement, repr(operator))
-    for kind, function in loaded.items():
+    _refuse_functions(operator, loaded, tensors=tensors)
+    return of_implementation(implementation)
+
+
+def _refuse_functions(
+    operator: str, derivatives: Mapping[str, str | Function | None], *, tensors: bool
+) -> None:
+    for kind, function in derivatives.items():
         if function is not None:
             raise value_error("verify", kind, "come with a function", f"operator {operator!r}")
     if tensors:
         raise value_error("verify", "tensors", "come with a function", f"operator {operator!r}")
-    return of_implementation(implementation)
 
 
 def audit_case(case: Case, subject: Subject, dtype: str | None = None) -> CaseResult:
@@ -198,11 +211,11 @@ def _checks(case: Case, subject: Subject) -> Iterator[Check]:
     subject.check(problem)
     oracle = consult(Question.of(problem, tangents=subject.has_tangents))
     before = {name: x.tobytes() for name, x in a.items()}
-    _poison_heap(oracle)
+    poison_heap(oracle)
     with np.errstate(all="ignore"):
         runs = _Runs(problem, subject.forward(problem), {})
         for name, value in runs.forward.values.items():
-            yield _accuracy(case, name, value, oracle)
+            yield accuracy(case, name, value, oracle)
         lse = oracle.truth["lse"].astype(oracle.dtypes["lse"])
         for kind in subject.kinds:
             known = Known(runs.forward, lse, _outputs(case, runs.derived))
@@ -213,8 +226,8 @@ def _checks(case: Case, subject: Subject) -> Iterator[Check]:
             else:
                 yield from _derived(case, RESULTS[kind], runs.derived[kind], oracle)
         changed = [name for name, x in a.items() if x.tobytes() != before[name]]
-        yield _verdict("inputs unchanged", not changed, f"wrote to {', '.join(changed)}")
-        yield _compare("same bits twice", runs.results(), _again(subject, runs).results())
+        yield verdict("inputs unchanged", not changed, f"wrote to {', '.join(changed)}")
+        yield compare("same bits twice", runs.results(), _again(subject, runs).results())
         if subject.invariant:
             yield from _invariance(subject, runs)
         if subject.core is not None:
@@ -233,42 +246,10 @@ def _derived(
 ) -> Iterator[Check]:
     for name in names:
         if name in oracle.truth and name in found:
-            yield _accuracy(case, name, found[name], oracle)
+            yield accuracy(case, name, found[name], oracle)
         elif name in oracle.truth or name in found:
             problem = "was not returned" if name in oracle.truth else "is of nothing"
             yield Check(name, FAILED, detail=f"{name} {problem}")
-
-
-def _accuracy(case: Case, name: str, value: Any, oracle: Oracle) -> Check:
-    """Check one result's form, its NaN and Inf, and its error."""
-    truth = oracle.truth[name]
-    if not isinstance(value, np.ndarray):
-        return Check(name, FAILED, detail=f"{name} is no array but {type(value).__name__}")
-    got = case.in_order(name, value)
-    dtype = oracle.dtypes[name]
-    if got.shape != truth.shape or got.dtype != dtype:
-        found = f"{got.dtype} {got.shape}, should be {dtype} {truth.shape}"
-        return Check(name, FAILED, detail=f"{name} is {found}")
-    if unfit := oracle.unfit(name):
-        return Check(name, SKIPPED, detail=unfit)
-    wrong = oracle.pattern(name, got)
-    error, allowed = oracle.error(name, got), oracle.allowed(name)
-    detail = ""
-    if wrong is not None:
-        detail = f"{name}: {wrong}"
-    elif not error <= allowed:
-        detail = f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-    return Check(
-        name,
-        FAILED if detail else PASSED,
-        error=error,
-        allowed=allowed,
-        # The float64 oracle is no more exact than a float64 computation.
-        yardstick=None if case.dtype == "float64" else oracle.yardstick(name),
-        ulp=metrics.max_ulp(got, truth),
-        bias=metrics.bias(got, truth),
-        detail=detail,
-    )
 
 
 def _again(subject: Subject, runs: _Runs, *, least: bool = False) -> _Runs:
@@ -303,26 +284,26 @@ def _invariance(subject: Subject, runs: _Runs) -> Iterator[Check]:
         apart, together = runs.forward.values, runs.derived["forward_jvp"]
         both = {name: x for name, x in apart.items() if f"one-pass {name}" in together}
         once = {name: together[f"one-pass {name}"] for name in both}
-        yield _compare("same bits in one pass with the tangents", both, once)
+        yield compare("same bits in one pass with the tangents", both, once)
     less = _again(subject, runs, least=True).results()
     shared = {name: x for name, x in whole.items() if name in less}
-    yield _compare("same bits with fewer results", shared, less)
+    yield compare("same bits with fewer results", shared, less)
     if d.B > 1:
         # Which pairs are dropped depends on the index in the batch.
         b = 0 if case.dropout else d.B - 1
         part = _evaluate(subject, runs.problem.entry(b), runs.derived)
-        yield _compare("same bits in a batch of one", _of_entry(runs, b), part.results())
+        yield compare("same bits in a batch of one", _of_entry(runs, b), part.results())
     if case.moves:
         for n in sorted({min(n, d.N - 1) for n in _TAILS if d.N > 1}):
             rows = slice(d.N - n, d.N)
             part = _evaluate(subject, runs.problem.part(rows, slice(None)), runs.derived)
             label = "one query" if n == 1 else "the last queries"
-            yield _compare(f"same bits for {label}", *_of_rows(runs, part, rows))
+            yield compare(f"same bits for {label}", *_of_rows(runs, part, rows))
     n = max(d.N - d.Nk, 0) + min(d.N, d.Nk) // 2
     if case.causal and 0 < n < d.N:
         rows, keys = slice(0, n), slice(0, n + d.Nk - d.N)
         part = _evaluate(subject, runs.problem.part(rows, keys), runs.derived)
-        yield _compare("same bits for the first queries", *_of_rows(runs, part, rows))
+        yield compare("same bits for the first queries", *_of_rows(runs, part, rows))
 
 
 def _on_threads(subject: Subject, core: Any, runs: _Runs) -> Iterator[Check]:
@@ -333,7 +314,7 @@ def _on_threads(subject: Subject, core: Any, runs: _Runs) -> Iterator[Check]:
             if count != threads:
                 core.set_num_threads(count)
                 other = _again(subject, runs).results()
-                yield _compare(f"same bits on {count} threads", whole, other)
+                yield compare(f"same bits on {count} threads", whole, other)
     finally:
         core.set_num_threads(threads)
 
@@ -358,7 +339,7 @@ def _on_targets(subject: Subject, core: Any, runs: _Runs, oracle: Oracle) -> Ite
                 continue
             compared = kinds[kind][1 if name == _SLOW_TARGET else 0]
             other = _again(subject, compared).results()
-            yield _compare(f"same bits on {name}", compared.results(), other)
+            yield compare(f"same bits on {name}", compared.results(), other)
     finally:
         core.set_target(target)
 
@@ -378,9 +359,9 @@ def _kind(runs: _Runs, target: str) -> str:
 def _accurate(label: str, runs: _Runs, oracle: Oracle) -> Check:
     """Check the errors of all results at once."""
     case, found = runs.problem.case, runs.results()
-    checks = [_accuracy(case, name, x, oracle) for name, x in found.items() if name in oracle.truth]
+    checks = [accuracy(case, name, x, oracle) for name, x in found.items() if name in oracle.truth]
     wrong = [check.detail for check in checks if check.status == FAILED]
-    return _verdict(label, not wrong, "; ".join(wrong))
+    return verdict(label, not wrong, "; ".join(wrong))
 
 
 def _small(subject: Subject, runs: _Runs) -> _Runs:
@@ -426,29 +407,3 @@ def _of_rows(runs: _Runs, part: _Runs, rows: slice) -> tuple[dict[str, Array], d
         elif name not in BACKWARD and name not in SECOND:
             found[name] = x[row]
     return found, {name: got[name] for name in found if name in got}
-
-
-def _compare(label: str, want: dict[str, Array], got: dict[str, Array]) -> Check:
-    wrong = [
-        name
-        for name, x in want.items()
-        if name not in got or not metrics.same_bits(x, np.asarray(got[name]))
-    ]
-    return _verdict(label, not wrong, f"other bits in {', '.join(wrong)}")
-
-
-def _verdict(label: str, passed: bool, detail: str) -> Check:
-    return Check(label, PASSED) if passed else Check(label, FAILED, detail=f"{label}: {detail}")
-
-
-def _poison_heap(oracle: Oracle) -> None:
-    """Leave NaN in the memory that results are likely to be given, so that gaps show."""
-    sizes: Sequence[int] = [x.size for x in oracle.truth.values()]
-    held = [np.full(size, np.nan, dtype) for size in sizes for dtype in (np.float32, np.float64)]
-    del held
-
-
-def text_of(error: Exception) -> str:
-    """Return in one line what an audited function raised."""
-    first = str(error).strip().splitlines()
-    return f"raised {type(error).__name__}: {first[0] if first else ''}".rstrip(": ")

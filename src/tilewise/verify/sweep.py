@@ -20,10 +20,11 @@ from tilewise.base import masks
 from tilewise.base.errors import value_error
 
 from . import metrics
-from .audit import Progress, check_dtypes, text_of
+from .audit import Progress, check_dtypes
 from .blas import one_blas_thread
 from .cases.problem import Case, Dims, Problem
 from .grid import Cell, Grid, Measured
+from .judge import text_of
 from .oracle import Oracle, Question, consult, floor_of
 from .subject import Known, Subject, of_implementation
 from .tensors import array_of, tensor_of

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tilewise import _core
 from tilewise.base.dtypes import FLOAT32, FloatDType, is_narrow, storage_of
 from tilewise.base.masks import PackedBits, RowIntervals
+from tilewise.base.memory import empty
 from tilewise.base.operator import Implementation
 
 from .spec import (
@@ -139,11 +140,11 @@ def _results(call: AttentionCall, want: Want) -> dict[str, Any]:
     rows, dtype = (call.B, call.H, call.N), call.compute_dtype
     found = {
         "o": _empty(call, call.H, call.N, call.Dv),
-        "m": np.empty(rows, dtype),
-        "log_l": np.empty(rows, dtype),
-        "lse": np.empty(rows, dtype) if want.lse else None,
-        "max_logit": np.empty(rows, dtype) if want.max_logit else None,
-        "entropy": np.empty(rows, dtype) if want.entropy else None,
+        "m": empty(rows, dtype),
+        "log_l": empty(rows, dtype),
+        "lse": empty(rows, dtype) if want.lse else None,
+        "max_logit": empty(rows, dtype) if want.max_logit else None,
+        "entropy": empty(rows, dtype) if want.entropy else None,
     }
     if want.o_full and call.is_narrow:
         found["o_full"] = _empty(call, call.H, call.N, call.Dv, FLOAT32)
@@ -158,7 +159,7 @@ def _outputs(call: AttentionCall, found: dict[str, Any]) -> AttentionOutputs:
 
 def _output_tangents(call: AttentionCall, dtype: FloatDType) -> OutputTangents:
     to = _empty(call, call.H, call.N, call.Dv, dtype)
-    return OutputTangents(to, np.empty((call.B, call.H, call.N), call.compute_dtype))
+    return OutputTangents(to, empty((call.B, call.H, call.N), call.compute_dtype))
 
 
 def _saved(o: Array, stats: RowStats) -> dict[str, Any]:
@@ -250,8 +251,8 @@ def _empty(
     """Return a new `(B, heads, rows, entries)` view of an array in the layout of the call."""
     dtype = dtype or call.dtype
     if call.layout == "bhnd":
-        return np.empty((call.B, heads, rows, entries), dtype)
-    return np.empty((call.B, rows, heads, entries), dtype).swapaxes(1, 2)
+        return empty((call.B, heads, rows, entries), dtype)
+    return empty((call.B, rows, heads, entries), dtype).swapaxes(1, 2)
 
 
 IMPLEMENTATION = Implementation("cpu", forward, vjp, jvp, vjp_jvp, forward_jvp)

@@ -27,8 +27,10 @@ from .spec import (
     VALUE,
     AttentionCall,
     AttentionGrads,
+    ForwardSecondCall,
     Needed,
     RowStats,
+    TangentCall,
     Want,
     prepare,
     prepare_jvp,
@@ -75,10 +77,18 @@ def folds(kind: str, arrays: Sequence[NDArray[Any] | None], options: Mapping[str
     return all([a is None for a in others])
 
 
+def split_over(kind: str, arrays: Sequence[Any], options: Mapping[str, Any]) -> int:
+    """Return how many first dimensions are batches: also the heads, where keys have as many."""
+    if not folds(kind, arrays, options):
+        return 0
+    q, k = arrays[FLAT.first[kind] :][:2]
+    return 2 if options["layout"] == "bhnd" and q.shape[1] == k.shape[1] else 1
+
+
 def prepare_flat(
     inputs: Sequence[NDArray[Any] | None], options: Mapping[str, Any]
 ) -> AttentionCall:
-    """Validate a call whose mask is a literal and whose seed is an int64 array.
+    """Validate a call whose mask is a literal and whose seed is an array of integers.
 
     Packed sequences are `(1, total_q, H, D)`.
     """
@@ -95,10 +105,18 @@ def prepare_flat(
         bias=bias,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        seed=None if seed is None else int(seed) % 2**64,
+        seed=None if seed is None else _seed(seed),
         cu_seqlens=(q_starts, k_starts) if packed else None,
         **{name: options[name] for name in _NUMBERS},
     )
+
+
+def _seed(seed: NDArray[Any]) -> int:
+    """Return a seed that is one integer, or two of 32 bits, the lower one first."""
+    if seed.ndim == 0:
+        return int(seed) % 2**64
+    low, high = (int(word) % 2**32 for word in seed)
+    return low | high << 32
 
 
 def _prepare_alike(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> AttentionCall:
@@ -207,6 +225,31 @@ def vjp_jvp(
     return _grads(call, chosen.vjp_jvp(call, given, Needed(*needed)))
 
 
+def jvp_jvp(
+    chosen: Implementation,
+    call: AttentionCall,
+    needed: Sequence[bool],
+    seconds: Arrays,
+    others: Arrays,
+    tangents: Arrays,
+    output_tangents: Arrays,
+    other_output_tangents: Arrays,
+    outputs: Arrays,
+    residuals: Sequence[Any],
+) -> Arrays:
+    """Return the tangents of to and tlse."""
+    assert chosen.jvp_jvp is not None
+    o, stats = _known(call, outputs, residuals)
+
+    def given(moves: Arrays) -> TangentCall:
+        (tq, tk, tv), (tbias, tsinks) = _of(call, *moves[:3]), moves[3:]
+        return prepare_jvp(call, tq, tk, tv, o, stats, tbias, tsinks)
+
+    second = ForwardSecondCall(given(tangents), given(others), given(seconds))
+    wo, wlse = chosen.jvp_jvp(call, second)
+    return _laid_out(call, wo), wlse
+
+
 def _known(
     call: AttentionCall, outputs: Arrays, residuals: Sequence[Any]
 ) -> tuple[NDArray[Any] | None, RowStats]:
@@ -264,4 +307,6 @@ FLAT = FlatOperator(
     vjp=vjp,
     jvp=jvp,
     vjp_jvp=vjp_jvp,
+    jvp_jvp=jvp_jvp,
+    split_over=split_over,
 )

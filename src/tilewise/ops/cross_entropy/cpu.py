@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tilewise import _core
 from tilewise.base.dtypes import is_narrow, storage_of
+from tilewise.base.memory import empty
 from tilewise.base.operator import Implementation
 
 from .spec import (
@@ -74,15 +75,15 @@ def vjp_jvp(
 
 
 def _rows(call: EntropyCall) -> Array:
-    return np.empty(call.row_sizes, call.compute_dtype)
+    return empty(call.row_sizes, call.compute_dtype)
 
 
 def _gradients(call: EntropyCall, needed: Needed, out: Array | None) -> dict[str, Array | None]:
     """Return the arrays into which a kernel writes gradients."""
     q, shape = call.probabilities, call.logits.shape
     if out is None and needed.logits:
-        out = np.empty(shape, call.dtype)
-    of_targets = np.empty(shape, q.dtype) if q is not None and needed.targets else None
+        out = empty(shape, call.dtype)
+    of_targets = empty(shape, q.dtype) if q is not None and needed.targets else None
     return {"dx": out, "dprobabilities": of_targets}
 
 

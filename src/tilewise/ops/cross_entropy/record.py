@@ -114,7 +114,7 @@ def _prepare(inputs: Sequence[Array | None], options: Mapping[str, Any]) -> Entr
     assert logits is not None
     chosen = Options(**{k: v for k, v in options.items() if k != "implementation"})
     if targets is not None:
-        targets = np.ascontiguousarray(targets)
+        targets = np.ascontiguousarray(targets, np.int64)
         check_range(NAME, targets, logits.shape[1], chosen.ignore_index)
     if weight is not None:
         weight = np.ascontiguousarray(weight)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tilewise import _core
 from tilewise.base.dtypes import is_narrow, storage_of
+from tilewise.base.memory import empty
 from tilewise.base.operator import Implementation
 
 from .spec import (
@@ -42,7 +43,7 @@ def vjp(call: SoftmaxCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDE
     """Compute the gradients that are needed."""
     found = _gradients(call, needed)
     _core.softmax_vjp(**_given(call, {**_cotangents(cotangents), **found}))
-    return _wanted(found, needed)
+    return SoftmaxGrads(**found)
 
 
 def jvp(call: SoftmaxCall, tangents: TangentCall, want: Want) -> SoftmaxTangents:
@@ -63,27 +64,23 @@ def vjp_jvp(call: SoftmaxCall, second: SecondCall, needed: Needed = ALL_NEEDED) 
     moved = {"tgy": second.tdy, "tgz": second.tdlog_y, "tgl": second.tdlse}
     given = {**_cotangents(second.cotangents), **_tangents(second.tangents), **moved}
     _core.softmax_vjp_jvp(**_given(call, {**given, **found}))
-    return _wanted(found, needed)
+    return SoftmaxGrads(**found)
 
 
 def _whole(call: SoftmaxCall, wanted: bool, out: Array | None = None) -> Array | None:
     if not wanted:
         return None
-    return np.empty(call.x.shape, call.dtype) if out is None else out
+    return empty(call.x.shape, call.dtype) if out is None else out
 
 
 def _rows(call: SoftmaxCall, wanted: bool) -> Array | None:
-    return np.empty(call.row_sizes, call.compute_dtype) if wanted else None
+    return empty(call.row_sizes, call.compute_dtype) if wanted else None
 
 
 def _gradients(call: SoftmaxCall, needed: Needed) -> dict[str, Array | None]:
-    """Return the arrays into which a kernel writes gradients; that of x is always written."""
+    """Return the arrays into which a kernel writes gradients."""
     of_sink = _rows(call, needed.sink and call.sink is not None)
-    return {"dx": _whole(call, True), "dsink": of_sink}
-
-
-def _wanted(found: dict[str, Array | None], needed: Needed) -> SoftmaxGrads:
-    return SoftmaxGrads(found["dx"] if needed.x else None, found["dsink"])
+    return {"dx": _whole(call, needed.x), "dsink": of_sink}
 
 
 def _cotangents(given: CotangentCall) -> dict[str, Array | None]:

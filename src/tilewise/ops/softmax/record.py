@@ -17,6 +17,7 @@ from tilewise.base.operator import Arrays, FlatOperator, Implementation
 
 from .spec import (
     CotangentCall,
+    ForwardSecondCall,
     Needed,
     Problem,
     SecondCall,
@@ -144,6 +145,25 @@ class _Functions:
         )
         return tuple(chosen.vjp_jvp(call, second, Needed(*needed)))
 
+    def jvp_jvp(
+        self,
+        chosen: Implementation,
+        call: SoftmaxCall,
+        needed: Sequence[bool],
+        seconds: Sequence[Any],
+        others: Sequence[Any],
+        tangents: Sequence[Any],
+        output_tangents: Arrays,
+        other_output_tangents: Arrays,
+        outputs: Arrays,
+        residuals: Sequence[Any],
+    ) -> Arrays:
+        """Return the tangents of the output tangents."""
+        assert chosen.jvp_jvp is not None
+        stats = SoftmaxStats(*residuals)
+        t, u, w = (TangentCall(tx, tz, stats) for tx, tz in (tangents, others, seconds))
+        return self._outputs(*chosen.jvp_jvp(call, ForwardSecondCall(t, u, w), self.want))
+
     def _cotangents(self, cotangents: Arrays, residuals: Sequence[Any]) -> CotangentCall:
         return CotangentCall(*self._of_outputs(cotangents), SoftmaxStats(*residuals))
 
@@ -178,6 +198,7 @@ def _flat(name: str, kind: Kind) -> FlatOperator:
         vjp=functions.vjp,
         jvp=functions.jvp,
         vjp_jvp=functions.vjp_jvp,
+        jvp_jvp=functions.jvp_jvp,
     )
 
 

@@ -13,6 +13,7 @@ from tilewise.base.operator import Implementation
 from .spec import (
     ALL_NEEDED,
     CotangentCall,
+    ForwardSecondCall,
     Needed,
     SecondCall,
     SoftmaxCall,
@@ -45,12 +46,12 @@ def vjp(call: SoftmaxCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDE
 
 def jvp(call: SoftmaxCall, tangents: TangentCall, want: Want) -> SoftmaxTangents:
     """Compute the tangents of the results in float64 and round those that are wanted."""
-    ty, tlog_y, tlse = jvp64(call, tangents)
-    return SoftmaxTangents(
-        _rounded_to(ty, call.dtype) if want.y else None,
-        _rounded_to(tlog_y, call.dtype) if want.log_y else None,
-        _rounded_to(tlse, call.compute_dtype) if want.lse else None,
-    )
+    return _rounded_tangents(call, jvp64(call, tangents), want)
+
+
+def jvp_jvp(call: SoftmaxCall, second: ForwardSecondCall, want: Want) -> SoftmaxTangents:
+    """Compute the tangents of the tangents in float64 and round those that are wanted."""
+    return _rounded_tangents(call, jvp_jvp64(call, second), want)
 
 
 def vjp_jvp(call: SoftmaxCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> SoftmaxGrads:
@@ -149,6 +150,29 @@ def vjp_jvp64(call: SoftmaxCall, second: SecondCall) -> SoftmaxGrads:
         return _gradients(call, row, tds, -row.p_sink * ((tz - mu) * c + tc))
 
 
+def jvp_jvp64(call: SoftmaxCall, second: ForwardSecondCall) -> tuple[F64, F64, F64]:
+    """Compute the tangents of the tangents in float64, by differentiating `jvp64` once more.
+
+    With tangents `tx`, others `ux`, and the seconds `wx` by which tx moves::
+
+        ulse = sum p us + p_sink usink    up = p (us - ulse)
+        wlse = sum (up ts + p ws) + p_sink ((usink - ulse) tsink + wsink)
+        wy = up (ts - tlse) + p (ws - wlse)    wlog_y = ws - wlse
+    """
+    with np.errstate(all="ignore"):
+        row = _probabilities(call, second.tangents.stats)
+        (ts, tz), (us, uz), (ws, wz) = (
+            _tangents(call, row, given)
+            for given in (second.tangents, second.others, second.seconds)
+        )
+        mu = (row.p * ts).sum(axis=1) + row.p_sink * tz
+        nu = (row.p * us).sum(axis=1) + row.p_sink * uz
+        up = row.p * (us - nu[:, None])
+        moved = (up * ts + row.p * ws).sum(axis=1) + row.p_sink * ((uz - nu) * tz + wz)
+        gap = np.where(row.active, ws - moved[:, None], 0.0)
+        return up * (ts - mu[:, None]) + row.p * gap, gap, moved
+
+
 class _Row(NamedTuple):
     """The probabilities of each row, made from its statistics."""
 
@@ -219,6 +243,17 @@ def _gradients(call: SoftmaxCall, row: _Row, ds: F64, dsink: F64) -> SoftmaxGrad
     return SoftmaxGrads(dx, np.where(row.has_sink, dsink, 0.0))
 
 
+def _rounded_tangents(
+    call: SoftmaxCall, tangents: tuple[F64, F64, F64], want: Want
+) -> SoftmaxTangents:
+    ty, tlog_y, tlse = tangents
+    return SoftmaxTangents(
+        _rounded_to(ty, call.dtype) if want.y else None,
+        _rounded_to(tlog_y, call.dtype) if want.log_y else None,
+        _rounded_to(tlse, call.compute_dtype) if want.lse else None,
+    )
+
+
 def _rounded(call: SoftmaxCall, grads: SoftmaxGrads, needed: Needed) -> SoftmaxGrads:
     dsink = grads.dsink if needed.sink else None
     return SoftmaxGrads(
@@ -239,4 +274,4 @@ def _stored(x: F64, call: SoftmaxCall, out: Array | None) -> Array:
     return out
 
 
-IMPLEMENTATION = Implementation("reference", forward, vjp, jvp, vjp_jvp)
+IMPLEMENTATION = Implementation("reference", forward, vjp, jvp, vjp_jvp, jvp_jvp=jvp_jvp)

@@ -21,6 +21,7 @@ from tilewise.ops.attention.spec import (
     AttentionGrads,
     AttentionOutputs,
     CotangentCall,
+    ForwardSecondCall,
     InputTangents,
     Needed,
     OutputTangents,
@@ -36,6 +37,7 @@ from .derivatives import (
     HeadGrads,
     cotangents_of,
     head_jvp,
+    head_jvp_jvp,
     head_magnitudes,
     head_vjp,
     head_vjp_jvp,
@@ -54,6 +56,8 @@ __all__ = [
     "forward_jvp",
     "jvp",
     "jvp64",
+    "jvp_jvp",
+    "jvp_jvp64",
     "magnitudes",
     "vjp",
     "vjp64",
@@ -94,6 +98,12 @@ def jvp(call: AttentionCall, tangents: TangentCall) -> OutputTangents:
     """Compute the tangents of o and lse in float64 and round them to the dtypes of o and lse."""
     to, tlse = jvp64(call, tangents)
     return OutputTangents(round_to(to, call.dtype), round_to(tlse, call.compute_dtype))
+
+
+def jvp_jvp(call: AttentionCall, second: ForwardSecondCall) -> OutputTangents:
+    """Compute the tangents of the output tangents in float64 and round them."""
+    wo, wlse = jvp_jvp64(call, second)
+    return OutputTangents(round_to(wo, call.dtype), round_to(wlse, call.compute_dtype))
 
 
 def forward_jvp(
@@ -238,6 +248,35 @@ def vjp_jvp64(call: AttentionCall, second: SecondCall) -> AttentionGrads:
     return _gradients(call, of_head)
 
 
+def jvp_jvp64(call: AttentionCall, second: ForwardSecondCall) -> OutputTangents:
+    """Compute the tangents of `jvp64` in float64 along others u, its own moving along seconds w.
+
+    With what `jvp64` names, `cap(x) = softcap tanh(x / softcap)`, and ux us uo ulse from u::
+
+        wx = scale (wq k^T + q wk^T + tq uk^T + uq tk^T)    ws = cap'(x) wx + cap''(x) tx ux + wbias
+        up = p * (us - ulse)
+        wlse = rowsum(up * ts + p * ws) + p_sink ((usink - ulse) tsink + wsink)
+        wo = (keep * (up * ts + p * ws)) v + (p * keep * ts) uv + (keep * up) tv + (p * keep) wv
+             - wlse o - tlse uo
+
+    Args:
+        call: The validated call, not of packed sequences.
+        second: Validated tangents, with the output and the statistics of the forward pass.
+
+    Returns:
+        Unrounded; the first is a `(B, H, N, Dv)` view in the layout of the call.
+    """
+    wo, wlse = _empty(call, call.H, call.N, call.Dv), np.empty((call.B, call.H, call.N))
+    moves = second.tangents, second.others, second.seconds
+    for b, h in np.ndindex(call.B, call.H):
+        head = head_of(call, b, h)
+        row = recompute(call, head, second.tangents.stats, b, h)
+        t, u, w = (tangents_of(call, given, b, h) for given in moves)
+        o = f64(second.tangents.o[b, h])
+        wo[b, h], wlse[b, h] = head_jvp_jvp(call, head, row, o, t, u, w)
+    return OutputTangents(wo, wlse)
+
+
 class Magnitudes(NamedTuple):
     """What `spec.error_bound` needs to know about the operands of a call.
 
@@ -344,4 +383,6 @@ def _refuses(call: AttentionCall) -> str | None:
     return None if call.paging is None else "reads no keys in pages"
 
 
-IMPLEMENTATION = Implementation("reference", forward, vjp, jvp, vjp_jvp, forward_jvp, _refuses)
+IMPLEMENTATION = Implementation(
+    "reference", forward, vjp, jvp, vjp_jvp, forward_jvp, _refuses, jvp_jvp
+)

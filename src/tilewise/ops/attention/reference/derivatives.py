@@ -123,6 +123,34 @@ def head_jvp(
     return to, mu
 
 
+def head_jvp_jvp(
+    call: AttentionCall,
+    head: Head,
+    row: Probabilities,
+    o: F64,
+    t: Tangents,
+    u: Tangents,
+    w: Tangents,
+) -> tuple[F64, F64]:
+    """Return the tangents of to and tlse along u, with t moving along w; see `jvp_jvp64`."""
+    p, p_sink, attended, has_keys, slope_of_cap, curve_of_cap = row
+    (tx, ts), (ux, us), (wx, _) = (_logit_tangents(call, head, row, given) for given in (t, u, w))
+    with np.errstate(all="ignore"):
+        wx = wx + call.softmax_scale * (t.q @ u.k.T + u.q @ t.k.T)
+        ws = np.where(attended, slope_of_cap * wx + curve_of_cap * tx * ux + w.bias, 0.0)
+        mu, nu = ((p * xs).sum(axis=1) + p_sink * x.sink for xs, x in ((ts, t), (us, u)))
+        up, kept = np.where(attended, p * (us - nu[:, None]), 0.0), p * head.keep
+        moved = (up * ts + p * ws).sum(axis=1) + p_sink * ((u.sink - nu) * t.sink + w.sink)
+        uo = attended_product(kept * us, head.v, attended) + attended_product(kept, u.v, attended)
+        uo -= np.where(has_keys[:, None], nu[:, None] * o, 0.0)
+        wo = attended_product(head.keep * (up * ts + p * ws), head.v, attended)
+        wo += attended_product(kept * ts, u.v, attended)
+        wo += attended_product(head.keep * up, t.v, attended)
+        wo += attended_product(kept, w.v, attended)
+        wo -= np.where(has_keys[:, None], moved[:, None] * o + mu[:, None] * uo, 0.0)
+    return wo, moved
+
+
 def head_vjp_jvp(
     call: AttentionCall,
     head: Head,

@@ -266,6 +266,21 @@ class SecondCall:
     outputs: OutputTangents | None
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardSecondCall:
+    """What the JVP of a JVP takes.
+
+    Attributes:
+        tangents: Tangents of the inputs, whose JVP moves.
+        others: The tangents along which the inputs move, with the same `o` and statistics.
+        seconds: Those along which the tangents themselves move.
+    """
+
+    tangents: TangentCall
+    others: TangentCall
+    seconds: TangentCall
+
+
 def stats_of_lse(lse: NDArray[Any]) -> RowStats:
     """Return row statistics whose log-sum-exp is `lse`: `m = lse * log2(e)`, `log_l = 0`."""
     return RowStats(base2(lse.astype(np.float64), lse.dtype), np.zeros_like(lse))

@@ -14,6 +14,7 @@ from tilewise.shared.rows import (
 from .bounds import error_bound
 from .calls import (
     CotangentCall,
+    ForwardSecondCall,
     Needed,
     SecondCall,
     SoftmaxCall,
@@ -43,6 +44,7 @@ __all__ = [
     "ALL_NEEDED",
     "TEMPERATURE",
     "CotangentCall",
+    "ForwardSecondCall",
     "Needed",
     "Problem",
     "Rows",

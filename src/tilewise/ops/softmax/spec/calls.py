@@ -182,3 +182,18 @@ class SecondCall:
     tdy: Array | None
     tdlog_y: Array | None
     tdlse: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardSecondCall:
+    """What the JVP of a JVP takes.
+
+    Attributes:
+        tangents: Tangents of the inputs, whose JVP moves.
+        others: The tangents along which the inputs move, with the same statistics.
+        seconds: Those along which the tangents themselves move.
+    """
+
+    tangents: TangentCall
+    others: TangentCall
+    seconds: TangentCall

@@ -1,0 +1,15 @@
+"""The handler for XLA. Private: use tilewise.jax."""
+
+from collections.abc import Callable
+from typing import Any
+
+API: tuple[int, int]
+"""The version of XLA's foreign function interface that it was compiled for."""
+
+def handler() -> object:
+    """The handler, as jax.ffi.register_ffi_target takes it."""
+
+def set_run(
+    run: Callable[[str, list[Any], list[Any]], None], ndarray: type[Any], dtypes: dict[str, Any]
+) -> None:
+    """Let the handler call run(call, inputs, outputs) with arrays of the type ndarray."""

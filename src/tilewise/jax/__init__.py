@@ -1,0 +1,29 @@
+"""Operators on JAX arrays, with every transformation."""
+
+from __future__ import annotations
+
+from .attention import AttentionResult, attention
+from .autodiff import save_results
+from .cross_entropy import (
+    CrossEntropyResult,
+    cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
+from .drop_in import dot_product_attention, flax_attention
+from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
+
+__all__ = [
+    "AttentionResult",
+    "CrossEntropyResult",
+    "LogSoftmaxResult",
+    "SoftmaxResult",
+    "attention",
+    "cross_entropy",
+    "dot_product_attention",
+    "flax_attention",
+    "log_softmax",
+    "logsumexp",
+    "save_results",
+    "softmax",
+    "softmax_cross_entropy_with_integer_labels",
+]

@@ -1,0 +1,128 @@
+"""What the functions of JAX check of their arrays, and the arrays of masks and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tilewise.base.dtypes import FLOATS, NARROW, listed
+from tilewise.base.errors import type_error, value_error
+from tilewise.base.literals import DENSE, to_literal
+from tilewise.base.masks import Mask, PackedBits, RowIntervals
+from tilewise.ops.attention.record import MASK_ARRAYS
+from tilewise.ops.attention.spec.arguments import SEED
+
+_MASKS = (Mask, RowIntervals, PackedBits)
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A mask whose arrays need not be known while tracing.
+
+    Attributes:
+        text: An expression of masks, in which `a0`, `a1`, ... stand for the arrays.
+        arrays: The arrays.
+    """
+
+    text: str
+    arrays: tuple[Any, ...]
+
+
+def array(operator: str, name: str, value: Any, like: Any = None, source: str = "q") -> jax.Array:
+    """Return an array of floats of JAX, or raise.
+
+    Args:
+        operator: Name of the operator, for the error text.
+        name: Name of the argument.
+        value: What the user gave.
+        like: The dtype it must have, or None where it is the first array of the call.
+        source: Name of the argument that settled it.
+    """
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise type_error(operator, name, "be a jax.Array", type(value).__name__)
+    found = jnp.asarray(value)
+    if like is None and found.dtype.name not in FLOATS:
+        raise type_error(operator, name, f"have dtype {listed(FLOATS)}", found.dtype.name)
+    if like is not None and found.dtype != like:
+        raise type_error(operator, name, f"have dtype {like} (from {source})", found.dtype.name)
+    return found
+
+
+def either(operator: str, name: str, value: Any, like: Any, source: str = "q") -> jax.Array | None:
+    """Return an array that may also be float32 where the first one has 16 bits, or None."""
+    if value is None:
+        return None
+    if isinstance(value, jax.Array | np.ndarray) and like.name in NARROW:
+        if value.dtype not in (like, jnp.float32):
+            requirement = f"have dtype {like} (from {source}) or float32"
+            raise type_error(operator, name, requirement, jnp.asarray(value).dtype.name)
+        return jnp.asarray(value)
+    return array(operator, name, value, like, source)
+
+
+def seed_words(operator: str, seed: Any, dropout_p: float) -> jax.Array | None:
+    """Return a seed as its two words of 32 bits, the lower one first, or None without dropout."""
+    if seed is None:
+        if dropout_p > 0:
+            requirement = "be given where dropout_p is above 0: an integer or a key of jax.random"
+            raise value_error(operator, "seed", requirement, "None")
+        return None
+    if isinstance(seed, jax.Array):
+        words = _words(operator, seed)
+    else:
+        number = SEED.check(operator, seed)
+        words = jnp.asarray(np.array([number & 0xFFFFFFFF, number >> 32], np.uint32))
+    return words if dropout_p > 0 else None
+
+
+def _words(operator: str, seed: jax.Array) -> jax.Array:
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        seed = jax.random.key_data(seed)
+    if jnp.issubdtype(seed.dtype, jnp.integer):
+        if seed.shape == (2,) and seed.dtype == jnp.uint32:
+            return seed
+        if seed.shape == ():
+            high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
+            return jnp.stack([seed.astype(jnp.uint32), high.astype(jnp.uint32)])
+    requirement = "be an integer, or a key of jax.random of two words"
+    got = f"shape {seed.shape} of {seed.dtype.name}"
+    raise type_error(operator, "seed", requirement, got)
+
+
+def mask_arrays(operator: str, mask: Any, sizes: tuple[int, ...]) -> tuple[str, tuple[Any, ...]]:
+    """Return a mask as a literal and its arrays.
+
+    Args:
+        operator: Name of the operator, for the error text.
+        mask: A mask, what it lowers to, or a boolean array.
+        sizes: B, H, N and Nk.
+    """
+    if isinstance(mask, Literal):
+        return mask.text, mask.arrays
+    if isinstance(mask, _MASKS):
+        text, arrays = to_literal(mask)
+        if len(arrays) > MASK_ARRAYS:
+            assert isinstance(mask, Mask)
+            return DENSE, (jnp.asarray(mask.to_bool(*sizes, operator=operator)),)
+        return text, tuple([_as_jax(operator, a) for a in arrays])
+    if not isinstance(mask, jax.Array | np.ndarray):
+        requirement = "be a tilewise mask or a boolean array"
+        raise type_error(operator, "mask", requirement, type(mask).__name__)
+    if mask.dtype != np.bool_:
+        requirement = "be a tilewise mask or a boolean array (a mask that is added is a bias)"
+        raise type_error(operator, "mask", requirement, f"an array of {mask.dtype}")
+    return DENSE, (jnp.asarray(mask),)
+
+
+def _as_jax(operator: str, held: Any) -> jax.Array:
+    """Return the array of a mask; without 64 bits in JAX its numbers must fit into 32."""
+    if held.dtype == np.int64 and not jax.config.jax_enable_x64:
+        if held.size and max(abs(int(held.min())), int(held.max())) >= 2**31:
+            requirement = "hold numbers below 2**31 where jax_enable_x64 is off"
+            raise value_error(operator, "mask", requirement, int(held.max()))
+        held = held.astype(np.int32)
+    return jnp.asarray(held)

@@ -1,0 +1,1 @@
+"""The linear map: a product with a weight."""
