@@ -278,6 +278,9 @@ class SoftmaxForward {
   void finish_sixteen(int64_t r, int count, const T* m, const T* l, const T* high) {
     alignas(64) T inverse[kGroup], log_l[kGroup];
     row_.put_sixteen(r, count, m, l, inverse, log_l);
+    if constexpr (R == Result::kY && kStreams && sizeof(X) == sizeof(T))
+      if (stream_ && (count == 1 || at(y_, r + 1, 0) == at(y_, r, 0) + n_))
+        return write_together(r, count, inverse);
     if constexpr (R != Result::kNone)
       for (int i = 0; i < count; i++) {
         const int n = static_cast<int>(n_);
@@ -291,6 +294,22 @@ class SoftmaxForward {
         else
           write<false>(to, n, written);
       }
+  }
+  // Rows one after another as one run, which has a head and a tail once.
+  void write_together(int64_t r, int count, const T* inverse) {
+    const int n = static_cast<int>(n_), all = count * n;
+    for (int i = 0; i < count; i++) {
+      const Vec<T> last = set1(inverse[i]);
+      T* w = w_ + i * n;
+      int j = 0;
+      for (; j + kW <= n; j += kW) store(w + j, load(w + j) * last);
+      if (j < n) store_some(w + j, n - j, load_some(w + j, n - j, T{0}) * last);
+    }
+    X* to = at(y_, r, 0);
+    int j = std::min(all, numbers_before_aligned(to));
+    if (j) store_some(to, j, load_some(w_, j, T{0}));
+    for (; j + kW <= all; j += kW) put<true>(to + j, load(w_ + j));
+    if (j < all) store_some(to + j, all - j, load_some(w_ + j, all - j, T{0}));
   }
   template <bool STREAM>
   TW_MEMBER static void write(X* to, int n, const Back& written) {
