@@ -6,7 +6,7 @@
 #include "simd/begin.hpp"
 
 constexpr int64_t kStoredLogits = int64_t{72} << 20;  // bytes of logits kept until their gradient
-constexpr int64_t kSpanClasses = 10 * kChainClasses;   // classes of a block
+constexpr int64_t kSpanClasses = 10 * kChainClasses;  // classes of a block
 constexpr int64_t kMostTokens = 12 * kPanel;          // of a block, unless asked otherwise
 
 enum class CrossEntropyKind { kForward, kVjp, kJvp, kVjpJvp };
