@@ -5,6 +5,8 @@ tilewise bench attention --suite train --json bench/results/train.json
 tilewise bench attention --suite jax --json bench/results/jax.json
 tilewise bench attention --derivatives --json bench/results/derivatives.json
 tilewise bench softmax --json bench/results/softmax.json
+tilewise bench cross_entropy --json bench/results/cross_entropy.json
+tilewise bench linear_cross_entropy --json bench/results/linear_cross_entropy.json
 python bench/readme_table.py bench/results/*.json
 
 A page has `<!-- NAME:start -->` and `<!-- NAME:end -->` around a table, where NAME is `bench`,
@@ -21,7 +23,13 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", _DOCS / "benchmark.md", _DOCS / "jax.md", _DOCS / "ops" / "softmax.md")
+ROWS = ("softmax", "cross_entropy", "linear_cross_entropy")
+PAGES = (
+    ROOT / "README.md",
+    _DOCS / "benchmark.md",
+    _DOCS / "jax.md",
+    *(_DOCS / "ops" / f"{name}.md" for name in ROWS),
+)
 READ = "plain read"
 Timings = dict[str, dict[str, Any]]
 
@@ -101,23 +109,37 @@ def rows_table(result: dict[str, Any]) -> str:
     """Return the Markdown table of operators of rows: one line for each case."""
     runs = result["runs"]
     names = list(dict.fromkeys(t["contender"] for run in runs for t in run["timings"]))
-    heads = ["milliseconds", *names, "of memcpy"]
+    copies = any(t["share_of_copy"] for run in runs for t in run["timings"])
+    heads = ["milliseconds", *names, *["of memcpy"] * copies]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in runs:
         own = {t["contender"]: t for t in run["timings"]}
-        cells = [cell(own, name, names[0]) for name in names]
-        share = own[names[0]]["share_of_copy"]
-        cells.append("-" if share is None else f"{100 * share:.0f} %")
+        rest = [f"{100 * (own[names[0]]['share_of_copy'] or 0):.0f} %"] * copies
+        cells = [*(cell(own, name, names[0]) for name in names), *rest]
         lines.append(f"| {run['case']['name']} | {' | '.join(cells)} |")
         if run["case"]["memory"]:
             sizes = [f"{own[n]['extra_bytes'] / 2**20:.1f}" if n in own else "-" for n in names]
-            lines.append(f"| MiB beside inputs and outputs | {' | '.join([*sizes, ''])} |")
+            lines.append(f"| MiB beside inputs and outputs | {' | '.join(sizes + [''] * copies)} |")
+        if "loss" in own[names[0]]["errors"]:
+            errors = [f"{own[n]['errors']['loss']:.0e}" if n in own else "-" for n in names]
+            lines.append(f"| relative error of the loss | {' | '.join(errors)} |")
     lines += ["", below({**result, "dtype": "float32 unless said otherwise"}, runs)]
-    lines.append(
-        f"In brackets: the time over that of {names[0]}, median of alternating turns. Of memcpy: "
-        "bytes read and written per second over the copy's."
-    )
-    return "\n".join([*lines, *absent(runs)]) + "\n"
+    told = f"In brackets: the time over that of {names[0]}, median of alternating turns."
+    told += " Of memcpy: bytes read and written per second over the copy's." * copies
+    return "\n".join([*lines, told, *absent(runs)]) + "\n"
+
+
+def rows_short(result: dict[str, Any]) -> str:
+    """Return a table of how many times longer the fastest peer of rows takes, and of the copy."""
+    lines = ["| | the fastest peer takes | of memcpy |", "|---|---|---|"]
+    for run in result["runs"]:
+        first, *others = run["timings"]
+        peers = [(t["ratio"], t["contender"]) for t in others if t["contender"] != "memcpy"]
+        shown = "{:.2f}x {}".format(*min(peers)) if peers else "-"
+        share = f"{100 * first['share_of_copy']:.0f} %" if first["share_of_copy"] else "-"
+        lines.append(f"| {run['case']['name']} | {shown} | {share} |")
+    told = below({**result, "dtype": "float32 unless said otherwise"}, result["runs"])
+    return "\n".join([*lines, "", told]) + "\n"
 
 
 def absent(runs: list[dict[str, Any]]) -> list[str]:
@@ -221,9 +243,10 @@ def main(*paths: str) -> None:
         if "runs" not in result:
             continue
         name = marker(result)
-        if name == "bench-softmax":
+        if result.get("suite") in ROWS:
             for page in PAGES:
-                page.write_text(replaced(page.read_text(), name, rows_table(result)))
+                text = replaced(page.read_text(), name, rows_table(result))
+                page.write_text(replaced(text, f"{name}-short", rows_short(result)))
             continue
         for page in PAGES:
             text = replaced(page.read_text(), name, table(result))

@@ -19,8 +19,16 @@ from typer.testing import CliRunner
 import tilewise as tw
 from tilewise import numpy as door
 from tilewise.bench import attention as measuring
-from tilewise.bench import cases, contenders, derivatives, peers, textbook
-from tilewise.bench import softmax as rows
+from tilewise.bench import (
+    cases,
+    contenders,
+    derivatives,
+    losses,
+    peers,
+    rows,
+    softmax,
+    textbook,
+)
 from tilewise.bench.attention import CaseFailed
 from tilewise.bench.cases import DOOR, PYTORCH, SUITES, TILEWISE, Case, custom_case, small
 from tilewise.bench.problems import Pattern
@@ -486,11 +494,11 @@ def test_rows_are_compared_with_the_peers_that_there_are(app: typer.Typer, tmp_p
     assert result.exit_code == 0, result.output
     written = json.loads(target.read_text())
     assert written["machine"]["processor"] and not written["failed"]
-    assert {run["case"]["operator"] for run in written["runs"]} == set(rows.OPERATORS)
+    assert {run["case"]["operator"] for run in written["runs"]} == set(softmax.OPERATORS)
     for run in written["runs"]:
         for timing in run["timings"]:
             copies = timing["contender"] == rows.COPY
-            assert timing["rounds"] >= 2 and (timing["error"] is None) == copies
+            assert timing["rounds"] >= 2 and (not timing["errors"]) == copies
             assert (timing["extra_bytes"] is not None) == run["case"]["memory"]
         assert run["timings"][0]["ratio"] == 1
         absent = importlib.util.find_spec("torch") is None
@@ -500,7 +508,7 @@ def test_rows_are_compared_with_the_peers_that_there_are(app: typer.Typer, tmp_p
 
 @pytest.mark.usefixtures("in_this_process")
 def test_rows_that_are_wrong_get_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = rows.RowCase("wrong", "softmax", 5, 7, contenders=("tilewise", rows.COPY))
+    case = rows.RowCase("wrong", "softmax", 5, 7, ("tilewise", rows.COPY))
     right = rows.OPERATORS["softmax"]
 
     def broken(x: Any) -> Any:
@@ -512,4 +520,81 @@ def test_rows_that_are_wrong_get_no_figure(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(CaseFailed, match="tilewise is wrong"):
         rows.run_case(case, repeats=1)
     monkeypatch.setitem(rows.OPERATORS, "softmax", right)
-    assert rows.run_case(case, repeats=1)["timings"][0]["error"] < 1e-5
+    assert rows.run_case(case, repeats=1)["timings"][0]["errors"]["softmax"] < 1e-5
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("suite", ["cross_entropy", "linear_cross_entropy"])
+def test_losses_are_compared_with_pytorch(app: typer.Typer, tmp_path: Path, suite: str) -> None:
+    torch = pytest.importorskip("torch")
+    target = tmp_path / "losses.json"
+    options = ["--quick", "--large", "--repeats", "2", "--json", str(target)]
+    result = CliRunner().invoke(app, ["bench", suite, *options])
+    assert result.exit_code == 0, result.output
+    written = json.loads(target.read_text())
+    assert written["suite"] == suite and len(written["runs"]) == len(rows.SUITES[suite].cases)
+    chunks = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    for run in written["runs"]:
+        assert (losses.CHUNKED in run["skipped"]) == (not chunks and suite != "cross_entropy")
+        gradients = {"dhidden", "dweight"} if run["case"]["depth"] else {"dlogits"}
+        for timing in run["timings"]:
+            step = run["case"]["memory"]
+            assert set(timing["errors"]) == {"loss"} | (gradients if step else set())
+            assert (timing["extra_bytes"] is not None) == step
+        assert run["timings"][0]["contender"] == DOOR
+        assert run["timings"][0]["errors"]["loss"] < 5e-7
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("entry", "what", "dtype"),
+    [(0, "loss", "bfloat16"), (1, "dhidden", "float32"), (2, "dweight", "float32")],
+)
+def test_losses_that_are_wrong_get_no_figure(
+    monkeypatch: pytest.MonkeyPatch, entry: int, what: str, dtype: str
+) -> None:
+    pytest.importorskip("torch")
+    case = rows.small(rows.SUITES["linear_cross_entropy"].cases[0])
+    case = replace(case, contenders=(DOOR,), dtype=dtype)
+    right = rows.OPERATORS[case.operator]
+
+    def broken(inputs: Any) -> Any:
+        call = right.makers[DOOR](inputs)
+        return lambda: [x * (1 + 1e-4 * (i == entry)) for i, x in enumerate(call())]
+
+    changed = replace(right, makers={**right.makers, DOOR: broken})
+    monkeypatch.setitem(rows.OPERATORS, case.operator, changed)
+    with pytest.raises(CaseFailed, match=f"is wrong.*{what} 1.0e-04"):
+        rows.run_case(case, repeats=1)
+
+
+def test_true_loss_has_the_slope_of_its_gradients() -> None:
+    case = rows.RowCase("small", "linear_cross_entropy with gradients", 7, 11, (), depth=5)
+    operator, rng = rows.OPERATORS[case.operator], np.random.default_rng(3)
+    inputs = {name: x.astype(np.float64) for name, x in operator.draw(case).items() if name != "y"}
+    y, truth = operator.draw(case)["y"], operator.truth(operator.draw(case))
+    for name, x in inputs.items():
+        step = 1e-6 * rng.standard_normal(x.shape)
+        ends = [operator.truth({**inputs, name: x + s * step, "y": y})["loss"] for s in (1, -1)]
+        slope = 2 * (truth[f"d{name}"] * step).sum()
+        assert float(ends[0] - ends[1]) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_other_cases_of_a_file_are_kept(app: typer.Typer, tmp_path: Path) -> None:
+    target = tmp_path / "rows.json"
+    names = [case.name for case in rows.SUITES["softmax"].cases]
+
+    def bench(*options: str) -> Any:
+        fixed = ["bench", "softmax", "--quick", "--repeats", "1", "--json", str(target)]
+        return CliRunner().invoke(app, [*fixed, *options])
+
+    for name in (names[4], names[0], names[4]):
+        assert bench("--keep", "--case", name).exit_code == 0
+    written = json.loads(target.read_text())
+    assert [run["case"]["name"] for run in written["runs"]] == [names[0], names[4]]
+    refused = bench("--keep", "--case", names[0], "--threads", "2")
+    assert refused.exit_code == 2 and "--keep" in refused.stderr
+    assert bench("--case", names[0]).exit_code == 0
+    assert len(json.loads(target.read_text())["runs"]) == 1
+    assert "--case must be part of one of" in bench("--case", "nothing").stderr

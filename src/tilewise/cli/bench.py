@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tilewise.bench.cases import Case
 
-__all__ = ["attention", "register", "softmax"]
+__all__ = ["attention", "register"]
 
 _DECODE_NOTE = (
     " GB/s: keys and values over the time. Of read: the time of a plain read of them over it."
@@ -32,8 +32,16 @@ _DERIVATIVES_NOTE = (
 
 _ROWS_NOTE = (
     " GB/s: inputs and outputs once, over the time. Of memcpy: that rate over the copy's. Extra: "
-    "growth of a fresh process beyond inputs and outputs."
+    "growth of a fresh process beyond inputs and outputs. Error: the largest relative one."
 )
+
+# Columns that not every table has: what they are called in the results, and how they are shown.
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "GB/s": ("gbytes_per_s", lambda x: f"{x:.1f}"),
+    "of memcpy": ("share_of_copy", lambda x: f"{100 * x:.0f} %"),
+    "error": ("errors", lambda x: f"{max(x.values()):.0e}" if x else ""),
+    "extra MiB": ("extra_bytes", lambda x: f"{x / 2**20:.1f}"),
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +49,9 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Speed beside other libraries, after a check.")
     group.callback()(_group)
     group.command("attention")(attention)
-    group.command("softmax")(softmax)
+    _add_rows(group, "softmax", "Softmax, log-softmax and log-sum-exp")
+    _add_rows(group, "cross_entropy", "Cross-entropy of logits, with and without its gradient")
+    _add_rows(group, "linear_cross_entropy", "Loss of a classifier, with its gradients")
     app.add_typer(group, name="bench")
 
 
@@ -136,39 +146,78 @@ def attention(
         raise typer.Exit(1)
 
 
-def softmax(
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of every contender.")] = 1,
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Least number of turns per contender.")
-    ] = 9,
-    small_sizes: Annotated[
-        bool, typer.Option("--quick", help="Rows and columns divided by 32, for a try.")
-    ] = False,
-    only: Annotated[str, typer.Option("--case", help="Only the cases whose name has this.")] = "",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
-    ] = None,
+def _add_rows(group: typer.Typer, suite: str, what: str) -> None:
+    """Add the command of one suite of `tilewise.bench.rows`."""
+
+    def command(
+        threads: Annotated[int, typer.Option("--threads", min=1, help="Of every contender.")] = 1,
+        repeats: Annotated[
+            int | None,
+            typer.Option("--repeats", min=1, help="Least number of turns. [default: the suite's]"),
+        ] = None,
+        small_sizes: Annotated[
+            bool, typer.Option("--quick", help="Sizes divided by 32, for a try.")
+        ] = False,
+        only: Annotated[
+            str, typer.Option("--case", help="Only the case of this name, or those that have it.")
+        ] = "",
+        large: Annotated[
+            bool, typer.Option("--large", help="Cases of minutes too, where there are.")
+        ] = False,
+        json_file: Annotated[
+            Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
+        ] = None,
+        keep: Annotated[
+            bool, typer.Option("--keep", help="Keep what FILE has of other cases.")
+        ] = False,
+    ) -> None:
+        options = {"threads": threads, "repeats": repeats, "quick": small_sizes, "large": large}
+        _rows(suite, only, json_file, keep, options)
+
+    help_text = f"{what}; no figure is shown for a result that is wrong."
+    group.command(suite, help=help_text)(command)
+
+
+def _rows(
+    suite: str, only: str, json_file: Path | None, keep: bool, options: dict[str, Any]
 ) -> None:
-    """Softmax, log-softmax and log-sum-exp; no figure is shown for a result that is wrong."""
+    """Run the cases of a suite of rows, show each as soon as it is done, and write all."""
     from rich.console import Console
 
-    from tilewise.bench.softmax import CASES, report, run_case, small
+    from tilewise.bench.rows import SUITES, report, run_case, small
 
     _check_writable(json_file)
-    cases = [case for case in CASES if only in case.name]
+    every = [case for case in SUITES[suite].cases if options["large"] or not case.large]
+    exact = [case for case in every if case.name == only]
+    cases = exact or [case for case in every if only in case.name]
     if not cases:
-        _fail(f"--case must be part of one of {', '.join(c.name for c in CASES)}, got {only!r}")
+        _fail(f"--case must be part of one of {', '.join(c.name for c in every)}, got {only!r}")
+    threads, repeats = options["threads"], options["repeats"] or SUITES[suite].repeats
     screen, failed, runs = Console(), list[str](), list[dict[str, Any]]()
-    for case in map(small, cases) if small_sizes else cases:
+    for case in map(small, cases) if options["quick"] else cases:
         with _attempt(case.name, failed):
             runs.append(run_case(case, threads=threads, repeats=repeats))
             screen.print(_rows_table(runs[-1]))
-    result = report(runs, threads=threads) | {"failed": failed}
+    result = report(runs, suite=suite, threads=threads) | {"failed": failed}
     screen.print(_footer(result) + _ROWS_NOTE, highlight=False)
     if json_file is not None:
+        if keep and json_file.exists():
+            result["runs"] = _joined(json_file, result, [c.name for c in SUITES[suite].cases])
         replace_text(json_file, json.dumps(result, indent=2) + "\n")
     if failed:
         raise typer.Exit(1)
+
+
+def _joined(path: Path, result: dict[str, Any], order: list[str]) -> list[dict[str, Any]]:
+    """Return the runs of a result and those that a file has of other cases, in order."""
+    had = json.loads(path.read_text())
+    for name in ("suite", "versions", "threads"):
+        if had.get(name) != result[name]:
+            _fail(f"--keep: {path} has other {name}: {had.get(name)}")
+    if had["machine"]["processor"] != result["machine"]["processor"]:
+        _fail(f"--keep: {path} is of another processor: {had['machine']['processor']}")
+    runs = {run["case"]["name"]: run for run in (*had["runs"], *result["runs"])}
+    return sorted(runs.values(), key=lambda run: order.index(run["case"]["name"]))
 
 
 def _rows_table(run: dict[str, Any]) -> Table:
@@ -177,16 +226,17 @@ def _rows_table(run: dict[str, Any]) -> Table:
 
     title = f"{run['case']['name']}: {run['threads'][0]} thread{'s' * (run['threads'] != [1])}"
     table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE)
-    names = ["", "ms", "spread", "turns", "GB/s", "of memcpy", "ratio"]
-    for name in names + ["extra MiB"] * run["case"]["memory"]:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name in ("", "ms", "spread", "turns", "ratio", *_COLUMNS):
+        if name not in _COLUMNS or any(t[_COLUMNS[name][0]] for t in run["timings"]):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for t in run["timings"]:
         spread = (t["upper_quartile_s"] - t["lower_quartile_s"]) / t["median_s"]
-        share, extra = t["share_of_copy"], t["extra_bytes"]
         cells = [t["contender"], f"{1e3 * t['median_s']:.2f}", f"{100 * spread:.0f} %"]
-        cells += [str(t["rounds"]), f"{t['gbytes_per_s']:.1f}"]
-        cells += ["" if share is None else f"{100 * share:.0f} %", f"{t['ratio']:.2f}"]
-        table.add_row(*cells, *([] if extra is None else [f"{extra / 2**20:.1f}"]))
+        cells += [str(t["rounds"]), f"{t['ratio']:.2f}"]
+        for key, shown in _COLUMNS.values():
+            if any(other[key] for other in run["timings"]):
+                cells.append(shown(t[key]) if t[key] is not None else "")
+        table.add_row(*cells)
     notes = [f"{name} not available: {reason}" for name, reason in run["skipped"].items()]
     table.caption = "\n".join(notes) or None
     return table
