@@ -254,8 +254,10 @@ def test_a_scan_over_parts_with_and_without_checkpoint() -> None:
 
     body = lambda w, h, y: loss_of(h, w, y=y)  # noqa: E731
     want = sum(jax.grad(body)(W, *part) for part in zip(h, y, strict=True))
-    for f in (body, jax.checkpoint(body)):
-        np.testing.assert_allclose(jax.jit(jax.grad(partial(total, f)))(W), want, rtol=1e-12)
+    for f, stacked in ((body, True), (jax.checkpoint(body), False)):
+        program = jax.jit(jax.grad(partial(total, f))).lower(W)
+        assert (f"tensor<2x{V}x{C}xf64>" in program.as_text()) == stacked
+        np.testing.assert_allclose(program.compile()(W), want, rtol=1e-12)
 
 
 def test_any_leading_dimensions() -> None:
