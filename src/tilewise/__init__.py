@@ -132,7 +132,7 @@ def cross_entropy(logits: Any, targets: Any, **options: Any) -> Any:
 
     Args:
         logits: Any shape with an axis of classes, by default the last; float64, float32, bfloat16
-            or float16. A NumPy array or a PyTorch tensor.
+            or float16. An array of NumPy or JAX, or a PyTorch tensor.
         targets: Class indices, integers in the shape of the logits without the classes, or class
             probabilities in their shape.
         **options: As in `tilewise.numpy.cross_entropy` or `tilewise.torch.cross_entropy`.
@@ -204,7 +204,8 @@ def linear(x: Any, w: Any, bias: Any = None, **options: Any) -> Any:
     """Compute `y = x w^T + bias` with the frontend of the array's own type.
 
     Args:
-        x: `(..., C)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch tensor.
+        x: `(..., C)`, float64, float32, bfloat16 or float16. An array of NumPy or JAX, or a
+            PyTorch tensor.
         w: `(V, C)`, dtype of x.
         bias: `(V,)`, dtype of x, or None.
         **options: As in `tilewise.torch.linear`.
@@ -224,8 +225,8 @@ def linear_cross_entropy(hidden: Any, weight: Any, targets: Any, **options: Any)
     Formula: `loss = lse - s_y` with `s = hidden weight^T`, which is not stored.
 
     Args:
-        hidden: `(..., C)`, float64, float32, bfloat16 or float16. A NumPy array or a PyTorch
-            tensor.
+        hidden: `(..., C)`, float64, float32, bfloat16 or float16. An array of NumPy or JAX, or a
+            PyTorch tensor.
         weight: `(V, C)`, dtype of hidden. A row for each class.
         targets: `(...)`, integers from 0 to V - 1, or ignore_index.
         **options: As in `tilewise.numpy.linear_cross_entropy`.

@@ -24,10 +24,12 @@ CLASSES = np.array([3, 0, -100, 6, 3])
 PROBABILITIES = RNG.dirichlet(np.ones(V), T)
 OPTIONS: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "sum": {"reduction": "sum"},
-    "rows": {"reduction": "none"},
-    "smoothing and weights": {"label_smoothing": 0.1, "weight": WEIGHT},
-    "z-loss": {"z_loss": 0.3},
+    "sum, z-loss": {"reduction": "sum", "z_loss": 0.3},
+    "rows, smoothing, weights": {
+        "reduction": "none",
+        "label_smoothing": 0.1,
+        "weight": WEIGHT,
+    },
     "everything": {"label_smoothing": 0.1, "weight": WEIGHT, "z_loss": 0.3, "softcap": 2.0},
 }
 

@@ -25,10 +25,8 @@ SEEN = RNG.random((A, C, I)) < 0.6
 SEEN[1, :, 2] = False  # a row without entries
 OPTIONS: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "temperature": {"temperature": 0.4},
-    "where": {"where": SEEN},
+    "temperature, where": {"temperature": 0.4, "where": SEEN},
     "sink of one number": {"sink": 0.5},
-    "sinks": {"sink": SINK},
     "everything": {"temperature": 1.5, "where": SEEN[:, :, :1], "sink": SINK},
 }
 

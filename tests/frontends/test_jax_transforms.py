@@ -80,17 +80,22 @@ CAUSAL = np.tri(N, NK, NK - N, dtype=bool)
 LENGTHS = np.array([4, 0])
 OPTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
     "nothing": (PLAIN, {}, {}),
-    "causal": (PLAIN, {"mask": tw.causal()}, {"seen": CAUSAL}),
-    "boolean mask": (PLAIN, {"mask": SEEN}, {"seen": SEEN}),
+    "causal, softcap": (
+        PLAIN,
+        {"mask": tw.causal(), "softcap": 1.5},
+        {"seen": CAUSAL, "softcap": 1.5},
+    ),
+    "boolean mask, bias": ((*PLAIN, BIAS), {"mask": SEEN}, {"seen": SEEN}),
     "lengths": (
         PLAIN,
         {"mask": tw.lengths(LENGTHS)},
         {"seen": np.arange(NK) < LENGTHS[:, None, None, None]},
     ),
-    "bias": ((*PLAIN, BIAS), {}, {}),
-    "softcap": (PLAIN, {"softcap": 1.5}, {"softcap": 1.5}),
-    "alibi slopes": (PLAIN, {"alibi_slopes": SLOPES}, {"slopes": SLOPES}),
-    "sinks": ((*PLAIN, None, SINKS), {}, {}),
+    "alibi slopes, sinks": (
+        (*PLAIN, None, SINKS),
+        {"alibi_slopes": SLOPES},
+        {"slopes": SLOPES},
+    ),
     "dropout": (
         PLAIN,
         {"dropout_p": 0.25, "seed": 2**40 + 3},

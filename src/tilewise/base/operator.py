@@ -211,10 +211,12 @@ class FlatOperator:
         kept_gradients: How many residuals, the last ones, are gradients by the first active inputs
             for a cotangent of 1 of the first output, which has no dimension then. They are there
             where `needed` asks for them, else None; the first backward uses them up.
+        joins: ``(dtype of the first input, options) -> bool``: whether asking for them saves work.
         jvp_jvp: ``(implementation, call, needed, second tangents, other tangents, tangents, output
             tangents, other output tangents, outputs, residuals) -> second output tangents``: what
             moving along the other tangents, and the tangents along the second ones, does to the
             output tangents. Any of those may be None.
+        output_tangents: Whether `vjp_jvp` reads the output tangents that it is given.
         split_over: ``(kind, arrays, options) -> number`` of first dimensions of all arguments and
             results that are batches as with `folds`; by default what that says.
     """
@@ -237,8 +239,10 @@ class FlatOperator:
     vjp_jvp: Callable[..., Arrays]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     kept_gradients: int = 0
+    joins: Callable[[Any, Mapping[str, Any]], bool] | None = None
     jvp_jvp: Callable[..., Arrays] | None = None
     split_over: Callable[..., int] | None = None
+    output_tangents: bool = True
 
     def batch(self, kind: str, arrays: Sequence[Any], options: Mapping[str, Any]) -> int:
         """Return how many of the first dimensions of all arguments and results are batches.

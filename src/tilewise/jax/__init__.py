@@ -10,17 +10,22 @@ from .cross_entropy import (
     softmax_cross_entropy_with_integer_labels,
 )
 from .drop_in import dot_product_attention, flax_attention
+from .linear import linear
+from .linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
 from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
 
 __all__ = [
     "AttentionResult",
     "CrossEntropyResult",
+    "LinearCrossEntropyResult",
     "LogSoftmaxResult",
     "SoftmaxResult",
     "attention",
     "cross_entropy",
     "dot_product_attention",
     "flax_attention",
+    "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "save_results",

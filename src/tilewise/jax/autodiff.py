@@ -21,6 +21,7 @@ zero is never made into an array: the function is told that there is no such arg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, compress
 from typing import Any
@@ -29,13 +30,19 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import ad, batching, mlir, partial_eval, xla
 
 from tilewise.base.dtypes import is_narrow
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
 
 from .execution import Function, emit, mark_batch, operators
+
+try:
+    from jax._src.interpreters.ad import primitive_linearizations
+except ImportError:
+    # Then reverse mode goes by `_jvp`, and gradients are computed in the backward pass.
+    primitive_linearizations = {}
 
 Arrays = Sequence[Any]
 Pair = tuple[list[Any], list[Any]]
@@ -81,7 +88,7 @@ def _bind(
     """Bind a function; arguments that are None, and results that are not needed, are left out."""
     if not any(needed):
         return [None] * len(needed)
-    arguments = [*chain(*groups)]
+    arguments = [*chain(*_read(operator, kind, groups))]
     function = Function(
         operator.name,
         kind,
@@ -92,6 +99,22 @@ def _bind(
     given = _alike([a for a in arguments if a is not None])
     found = iter(_PRIMITIVES[kind].bind(*given, function=function))
     return [next(found) if wanted else None for wanted in needed]
+
+
+def _read(operator: FlatOperator, kind: str, groups: Sequence[Arrays]) -> Sequence[Arrays]:
+    """Return the arguments that a function reads; what nothing else reads is never computed."""
+    groups = list(groups)
+    if kind in ("vjp_jvp", FORWARD_TWICE):
+        groups[-1] = _without_kept(operator, groups[-1])
+    if kind == "vjp_jvp" and not operator.output_tangents:
+        groups[-4] = (None,) * operator.active_outputs
+    return groups
+
+
+def _without_kept(operator: FlatOperator, residuals: Arrays) -> Arrays:
+    """Return residuals without gradients, which hold nothing of another cotangent's."""
+    kept = operator.kept_gradients
+    return (*residuals[: len(residuals) - kept], *(None,) * kept)
 
 
 def _alike(arrays: list[Any]) -> list[Any]:
@@ -127,6 +150,9 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
         wide = jnp.float32 if is_narrow(first.dtype) else first.dtype
         dtypes = [first.dtype] * operator.narrow_outputs
         dtypes += [wide] * (len(shapes) - len(dtypes))
+        for i, name in enumerate((*operator.outputs, *operator.residuals)):
+            if name in operator.dtypes:
+                dtypes[i] = _dtype_of(operator.dtypes[name], operator, arguments)
     else:
         *_, x, y, _ = function.split(avals)
         like = y if function.kind in ("jvp", FORWARD_TWICE) else x[: operator.active_inputs]
@@ -142,6 +168,14 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
 
     results = zip(shapes, dtypes, function.needed, strict=True)
     return [result(shape, dtype) for shape, dtype, wanted in results if wanted]
+
+
+def _dtype_of(source: str, operator: FlatOperator, inputs: Arrays) -> Any:
+    """Return a dtype by its name, with as many bits as JAX has, or by that of an input."""
+    if source not in operator.inputs:
+        return jax.dtypes.canonicalize_dtype(source)
+    array = inputs[operator.inputs.index(source)]
+    return (inputs[0] if array is None else array).dtype
 
 
 def _split(function: Function, arguments: Arrays, avals: Arrays) -> list[Any]:
@@ -219,25 +253,72 @@ def _linear_part(function: Function, groups: list[Any], dots: list[Any]) -> list
 
 def _jvp_of_forward(function: Function, inputs: Arrays, dots: Arrays) -> Pair:
     """Run the forward pass with what derivatives need, and the jvp."""
+    out = _with_residuals(function, inputs)
+    base = _without_kept(function.operator, out)
+    return _moved(function, out, _tangents(function, inputs, base, dots))
+
+
+def _linearize(is_vjp: bool, moving: Arrays, *primals: Any, function: Function) -> tuple[Any, ...]:
+    """Run the forward pass; return results, which of them move, and the jvp as a function.
+
+    Where a vjp is to come, gradients that the forward pass can compute at less cost are residuals.
+    """
+    operator, (inputs,) = function.operator, function.split(primals)
+    moves = [
+        move and jax.typeof(primal).to_tangent_aval().dtype != jax.dtypes.float0
+        for move, primal in zip(moving, primals, strict=True)
+    ]
+    active = [bool(move) for move in function.split(moves)[0][: operator.active_inputs]]
+    joins = operator.joins if is_vjp else None
+    joined = joins is not None and joins(inputs[0].dtype, function.parsed)
+    out = _with_residuals(function, inputs, active if joined else ())
+    base = out if joined else _without_kept(operator, out)
+
+    def linear(base: Arrays, *tangents: Any) -> list[Any]:
+        (dots,) = function.split([None if _is_zero(t) else t for t in tangents])
+        return _moved(function, out, _tangents(function, inputs, base, dots))[1]
+
+    of_outputs = [any(active) and i < operator.active_outputs for i in range(len(out))]
+    results = list(compress(out, function.needed))
+    return results, list(compress(of_outputs, function.needed)), base, linear
+
+
+def _with_residuals(function: Function, inputs: Arrays, keep: Sequence[bool] = ()) -> list[Any]:
+    """Run the forward pass with what derivatives need.
+
+    Args:
+        function: The forward pass.
+        inputs: Its inputs.
+        keep: Which gradients it is to compute besides those that are needed anyway.
+    """
     operator = function.operator
-    _refuse_passive(operator, dots)
     outputs, active = len(operator.outputs), operator.active_outputs
-    plain = len(operator.residuals) - operator.narrow_residuals
-    narrow = is_narrow(inputs[0].dtype)
-    every = (True,) * active + function.needed[active:outputs] + (True,) * plain
-    needed = every + (narrow,) * operator.narrow_residuals
+    narrow, kept = operator.narrow_residuals, operator.kept_gradients
+    plain = len(operator.residuals) - narrow - kept
+    needed = (True,) * active + function.needed[active:outputs] + (True,) * plain
+    needed += (is_narrow(inputs[0].dtype),) * narrow
+    if kept:
+        asked = zip(function.needed[-kept:], keep or (False,) * kept, strict=True)
+        needed += tuple([a or b for a, b in asked])
     out = _bind(operator, "forward", function.options, [inputs], needed)
     names = (*operator.outputs, *operator.residuals)
-    out = [
+    return [
         None if o is None else checkpoint_name(o, f"{operator.name}.{name}")
         for o, name in zip(out, names, strict=True)
     ]
+
+
+def _tangents(function: Function, inputs: Arrays, out: Arrays, dots: Arrays) -> list[Any]:
+    """Return the tangents of all results of a forward pass; None is zero."""
+    operator = function.operator
+    _refuse_passive(operator, dots)
+    outputs, active = len(operator.outputs), operator.active_outputs
     tangents: list[Any] = [None] * len(out)
     moved = dots[: operator.active_inputs]
     if _some(moved):
         groups = [moved, inputs, out[:active], out[outputs:]]
         tangents[:active] = _bind(operator, "jvp", function.options, groups, (True,) * active)
-    return _moved(function, out, tangents)
+    return tangents
 
 
 def _moved(function: Function, out: Arrays, tangents: Arrays) -> Pair:
@@ -320,7 +401,8 @@ def _lower(context: Any, *operands: Any, function: Function) -> Any:
         raise unsupported(function.name, "forward mode over forward mode is not provided")
 
     def program(*given: Any) -> Any:
-        return emit(function, context.avals_out, *given)
+        scaled = _scaled(function, context.avals_out, given)
+        return scaled if scaled is not None else emit(function, context.avals_out, *given)
 
     out = mlir.lower_fun(program, multiple_results=True)(context, *operands)
     call, shapes = out[0].owner, [a.shape for a in (*context.avals_in, *context.avals_out)]
@@ -332,6 +414,41 @@ def _lower(context: Any, *operands: Any, function: Function) -> Any:
     return out
 
 
+def _scaled(function: Function, results: Arrays, given: Arrays) -> list[Any] | None:
+    """Return the gradients that a forward pass kept, times a cotangent, where they are all."""
+    kept = function.operator.kept_gradients
+    if function.kind != "vjp" or not kept:
+        return None
+    (first, *others), *_, residuals = function.split(given)
+    grads = list(compress(residuals[-kept:], function.needed))
+    if first is None or _some(others) or not all([grad is not None for grad in grads]):
+        return None
+    made = []
+    for grad, result in zip(grads, results, strict=True):
+        factor = jnp.expand_dims(first, [*range(first.ndim, grad.ndim)])
+        product = (grad.astype(first.dtype) * factor).astype(grad.dtype)
+        made.append(jnp.broadcast_to(product, result.shape))
+    return made
+
+
+def _dce(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+    """Leave out results that nobody reads, but not the outputs that are always needed."""
+    function: Function = equation.params["function"]
+    every = len(equation.invars)
+    if not any(used):
+        return [False] * every, None
+    always = {"forward": function.operator.active_outputs, "vjp": 0, "vjp_jvp": 0}
+    first = always.get(function.kind, len(function.needed))
+    reads = iter(used)
+    needed = [wanted and (next(reads) or i < first) for i, wanted in enumerate(function.needed)]
+    stays = list(compress(needed, function.needed))
+    if all(stays):
+        return [True] * every, equation
+    slim = replace(function, needed=tuple(needed))
+    params, outvars = {"function": slim}, list(compress(equation.outvars, stays))
+    return [True] * every, equation.replace(params=params, outvars=outvars)
+
+
 def _primitive(kind: str) -> Primitive:
     primitive = Primitive(f"tilewise_{kind}")
     primitive.multiple_results = True
@@ -340,7 +457,10 @@ def _primitive(kind: str) -> Primitive:
     ad.primitive_jvps[primitive] = _jvp
     batching.primitive_batchers[primitive] = _vmap
     mlir.register_lowering(primitive, _lower, platform="cpu")
-    if kind != "forward":
+    partial_eval.dce_rules[primitive] = _dce
+    if kind == "forward":
+        primitive_linearizations[primitive] = _linearize
+    else:
         ad.primitive_transposes[primitive] = _transpose
     return primitive
 

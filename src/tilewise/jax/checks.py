@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tilewise.base.dtypes import FLOATS, NARROW, listed
-from tilewise.base.errors import type_error, value_error
+from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.base.literals import DENSE, to_literal
 from tilewise.base.masks import Mask, PackedBits, RowIntervals
 from tilewise.ops.attention.record import MASK_ARRAYS
@@ -62,6 +62,26 @@ def either(operator: str, name: str, value: Any, like: Any, source: str = "q") -
             raise type_error(operator, name, requirement, jnp.asarray(value).dtype.name)
         return jnp.asarray(value)
     return array(operator, name, value, like, source)
+
+
+def class_indices(operator: str, targets: Any, probabilities: str) -> jax.Array:
+    """Return class indices with the bits that they need, or raise.
+
+    Args:
+        operator: Name of the operator, for the error text.
+        targets: What the user gave.
+        probabilities: Why there are none.
+    """
+    if not isinstance(targets, jax.Array | np.ndarray):
+        raise type_error(operator, "targets", "be a jax.Array", type(targets).__name__)
+    dtype = targets.dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        raise unsupported(operator, probabilities)
+    if not jnp.issubdtype(dtype, jnp.integer) or not np.can_cast(dtype, np.int64):
+        requirement = "have an integer dtype up to int64"
+        raise type_error(operator, "targets", requirement, dtype.name)
+    wide = jnp.int64 if not np.can_cast(dtype, np.int32) else jnp.int32
+    return jnp.asarray(targets).astype(jax.dtypes.canonicalize_dtype(wide))
 
 
 def seed_words(operator: str, seed: Any, dropout_p: float) -> jax.Array | None:

@@ -184,4 +184,5 @@ FLAT = FlatOperator(
     vjp=_vjp,
     jvp=_jvp,
     vjp_jvp=_vjp_jvp,
+    output_tangents=False,
 )

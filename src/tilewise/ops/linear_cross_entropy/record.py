@@ -53,12 +53,13 @@ class FlatCall(LossCall):
     entropy: bool
 
 
-def joins_gradients(call: LossCall) -> bool:
+def joins_gradients(dtype: Any, options: Mapping[str, Any]) -> bool:
     """Return whether the gradients of the loss are computed together with it.
 
     They are made for a cotangent of 1 and multiplied later, for which float16 lacks the range.
     """
-    return call.reduction != "none" and call.vocab_chunk is None and call.dtype != np.float16
+    joined = options["reduction"] != "none" and options["vocab_chunk"] is None
+    return joined and dtype != np.float16
 
 
 def shapes(inputs: Sequence[Shape | None], options: Mapping[str, Any]) -> tuple[Shape, ...]:
@@ -111,7 +112,8 @@ def vjp(
     """Return dhidden, dweight, dbias."""
     dloss, dlse, dentropy = (_some(a) for a in cotangents)
     wanted = Needed(*needed)
-    if dloss is not None and dlse is None and dentropy is None and joins_gradients(call):
+    joined = joins_gradients(call.dtype, vars(call))
+    if joined and dloss is not None and dlse is None and dentropy is None:
         grads = LossGrads(*residuals[2:])
         missing = [want and grad is None for want, grad in zip(needed, grads, strict=True)]
         if any(missing):
@@ -210,6 +212,8 @@ FLAT = FlatOperator(
     vjp=vjp,
     jvp=jvp,
     vjp_jvp=vjp_jvp,
+    output_tangents=False,
     dtypes={"argmax": "int64", **_GRADIENTS},
     kept_gradients=len(_GRADIENTS),
+    joins=joins_gradients,
 )

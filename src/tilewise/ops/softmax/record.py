@@ -198,6 +198,7 @@ def _flat(name: str, kind: Kind) -> FlatOperator:
         vjp=functions.vjp,
         jvp=functions.jvp,
         vjp_jvp=functions.vjp_jvp,
+        output_tangents=False,
         jvp_jvp=functions.jvp_jvp,
     )
 
