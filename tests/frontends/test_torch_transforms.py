@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -174,6 +175,18 @@ TRANSFORMS: dict[str, Callable[[Attention], Any]] = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform(name: str, textbook: Attention) -> None:
     same(TRANSFORMS[name](door), TRANSFORMS[name](textbook))
+
+
+def test_a_mask_that_was_new_inside_a_transform_serves_others(textbook: Attention) -> None:
+    """Its tensors are kept, and must not be what the transform made of them."""
+    fresh = copy.deepcopy(MASK)
+    fresh.__dict__.pop("_tensors", None)
+
+    def with_fresh(*x: Any) -> Any:
+        return door(*x, mask=fresh)
+
+    TRANSFORMS["vmap(jvp(grad))"](with_fresh)
+    same(TRANSFORMS["vmap(hessian)"](with_fresh), TRANSFORMS["vmap(hessian)"](textbook))
 
 
 def test_masks_slopes_and_seeds_are_mapped_over(textbook: Attention) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.base.literals import DENSE, ROWS, to_literal
@@ -266,6 +267,17 @@ def _mask(mask: Any, q: Tensor, k: Tensor, layout: str) -> tuple[str, tuple[Tens
     return _MASK_TEXTS[mask.dtype], (mask,)
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """Return a new tensor without what a transform of `torch.func` puts around it as it is made.
+
+    That dies with the transform, and the tensor is kept for longer.
+    """
+    if not torch.compiler.is_compiling():
+        while is_functorch_wrapped_tensor(tensor):
+            tensor = get_unwrapped(tensor)
+    return tensor
+
+
 def _tensors_of(mask: Mask | RowIntervals | PackedBits) -> tuple[str, tuple[Tensor, ...]]:
     """Return `to_literal` with tensors, which the mask keeps."""
     known: tuple[str, tuple[Tensor, ...]] | None = mask.__dict__.get("_tensors")
@@ -276,7 +288,7 @@ def _tensors_of(mask: Mask | RowIntervals | PackedBits) -> tuple[str, tuple[Tens
         # The exported program would hold a tensor without values in place of the array.
         reason = "torch.export with strict=True does not take the arrays of a new mask"
         raise unsupported(NAME, f"{reason}; use strict=False")
-    known = text, tuple([torch.from_numpy(array) for array in arrays])
+    known = text, tuple([_kept(torch.from_numpy(array)) for array in arrays])
     if not is_traced():
         mask.__dict__["_tensors"] = known
     return known
