@@ -78,7 +78,7 @@ def reads(run: dict[str, Any]) -> bool:
 
 def threads_of(run: dict[str, Any]) -> list[int]:
     """The numbers of threads of a case."""
-    return list(dict.fromkeys(t.get("threads", run["threads"][0]) for t in run["timings"]))
+    return list(dict.fromkeys(t.get("threads") or run["threads"][0] for t in run["timings"]))
 
 
 def table(result: dict[str, Any]) -> str:
