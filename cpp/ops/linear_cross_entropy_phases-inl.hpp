@@ -82,6 +82,9 @@ class LinearCrossEntropyPhases {
     for (int part = 0; part < parts_of(p_.dhidden); part++)
       hidden_image_[part] = arena.take<E>(logits_size() / kFold<E>);
     dhidden_ = arena.take<T>(own(p_.dhidden) ? 0 : p_.T * p_.C);
+    const bool rounded = kPairs<E> && p_.dhidden && parts_of(p_.dhidden) == 1;
+    lost_ = arena.take<T>(rounded ? p_.T * p_.C : 0);
+    if (!rounded) lost_ = nullptr;
     dweight_ = arena.take<T>(own(p_.dweight) ? 0 : classes_ * p_.C);
     dbias_ = arena.take<T>(own(p_.dbias) ? 0 : p_.V);
     const bool filter = p_.options.gradient_filter > 0;
@@ -102,6 +105,7 @@ class LinearCrossEntropyPhases {
     if (own(p_.dbias)) dbias_ = data(p_.dbias);
     if (p_.dbias) std::memset(dbias_, 0, sizeof(T) * static_cast<size_t>(p_.V));
     if (!p_.dhidden) return;
+    if (lost_) std::memset(lost_, 0, sizeof(T) * static_cast<size_t>(p_.T * p_.C));
     for (int64_t t = 0; t < p_.T; t++)
       std::memset(dhidden_ + t * dhidden_ld(), 0, sizeof(T) * static_cast<size_t>(p_.C));
   }
@@ -196,7 +200,7 @@ class LinearCrossEntropyPhases {
     });
 #if defined(TW_HAS_PAIRS)
     if constexpr (kPairs<E>)
-      if (parts_of(p_.dhidden) == 1)
+      if (lost_)
         each_task(threads_, tokens.panels(), [&](int, int64_t p) {
           if (chosen_[p]) add_lost_of_hidden(tokens, span, static_cast<int>(p));
         });
@@ -205,6 +209,8 @@ class LinearCrossEntropyPhases {
 
   // Stores gradients that were summed beside.
   void finish() {
+    for (int64_t t = 0; lost_ && t < p_.T; t++)
+      add_row<T>(dhidden_ + t * dhidden_ld(), lost_ + t * p_.C, p_.C, false);
     if (p_.dhidden && !own(p_.dhidden))
       for (int64_t t = 0; t < p_.T; t++) put_numbers(p_.dhidden, t, dhidden_ + t * p_.C, p_.C);
     if (p_.dbias && !own(p_.dbias)) put_numbers(p_.dbias, 0, dbias_, p_.V);
@@ -538,7 +544,7 @@ class LinearCrossEntropyPhases {
   void add_lost_of_hidden(const Tokens& tokens, const Span<T>& span, int panel) const {
     each_lost(tokens, span, panel, 0, span.count, [&](int i, int lane, T lost) {
       const Bf16* w = reinterpret_cast<const Bf16*>(row_of(p_.weight, span.first + i));
-      add_row_of(w, lost, dhidden_ + (tokens.first + panel * kPanel + lane) * dhidden_ld());
+      add_row_of(w, lost, lost_ + (tokens.first + panel * kPanel + lane) * p_.C);
     });
   }
 #endif
@@ -554,6 +560,8 @@ class LinearCrossEntropyPhases {
   E *weight_image_[2] = {}, *hidden_image_[2] = {}, *scratch_ = nullptr;
   T *bias_ = nullptr, *tbias_ = nullptr, *dhidden_ = nullptr, *dweight_ = nullptr,
     *dbias_ = nullptr;
+  T* lost_ =
+      nullptr;  // of dhidden: summed on its own, so that blocks of classes stay out of the bits
   int64_t scratch_size_ = 0;
   bool* chosen_ = nullptr;
   uint16_t* filled_ = nullptr;  // what is other than zero, where small gradients are left out
