@@ -244,6 +244,8 @@ class SoftmaxForward {
     const X* x[kGroup];
     alignas(64) T part[kGroup * kGroup], m[kGroup], l[kGroup], high[kGroup];
     for (int i = 0; i < kGroup; i++) x[i] = at(p_.x, r + std::min(i, count - 1), 0);
+    if (count < kGroup)
+      for (T& lane : part) lane = 1;  // rows that are not there have a logarithm too
     auto keep = [&](int i, const Lanes64<T>& of, auto op) __attribute__((always_inline)) {
       Vec<T> v[kRegs<T>];
       of.fold(op, v);
