@@ -1,1 +1,5 @@
-"""Attention in Triton, for tensors on a GPU."""
+"""Attention in Triton, for tensors of a GPU."""
+
+from .launch import IMPLEMENTATION, INTERPRETS
+
+__all__ = ["IMPLEMENTATION", "INTERPRETS"]

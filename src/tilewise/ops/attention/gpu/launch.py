@@ -411,4 +411,15 @@ def empty(call: AttentionCall, heads: int, count: int, entries: int, dtype: Any 
     return call.q.new_empty((call.B, count, heads, entries), dtype=dtype).swapaxes(1, 2)
 
 
-IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, forward_jvp)
+def refuses(call: AttentionCall) -> str | None:
+    """Return why a call is not served, or None."""
+    if isinstance(call.q, np.ndarray):
+        return "computes on tensors of PyTorch, not on arrays"
+    if call.sequences is not None:
+        return "takes no packed sequences yet"
+    if call.paging is not None:
+        return "reads no keys in pages yet"
+    return None
+
+
+IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, forward_jvp, refuses)
