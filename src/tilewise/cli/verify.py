@@ -29,7 +29,7 @@ def verify(
     operator: Annotated[
         str,
         typer.Argument(
-            help="attention, softmax, log_softmax, logsumexp, cross_entropy or linear; or an "
+            help="attention, softmax, log_softmax, logsumexp, cross_entropy, linear or linear_cross_entropy; or an "
             "attention of your own as package.module:function."
         ),
     ] = "attention",
