@@ -50,7 +50,12 @@ def forward(call: LossCall, want: Want) -> LossOutputs:
 
 def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) -> LossGrads:
     """Compute the gradients in float64 and round those that are needed."""
-    return _rounded(call, vjp64(call, cotangents), needed)
+    exact, into = vjp64(call, cotangents), cotangents.accumulator
+    if into is not None and needed.weight:
+        assert exact.dweight is not None
+        into[...] = round_to(into.astype(np.float64) + exact.dweight, into.dtype)
+    shown = needed if into is None else needed._replace(weight=False)
+    return _rounded(call, exact, shown)
 
 
 def jvp(call: LossCall, tangents: TangentCall) -> RowTangents:
