@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cross_entropy import IGNORED
-from .rows import FlatCase
+from .rows import FlatCase, FlatProblem
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "with_errors_of_logits"]
 
 Array = NDArray[Any]
 
@@ -77,9 +78,10 @@ def _cases() -> Iterator[FlatCase]:
     yield _case("option/softcap", softcap=2.0)
     everything = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 5.0, "reduction": "mean"}
     yield _case("option/all", (31, 19, 131), class_weight=True, targets="some", **everything)
-    yield _case("chunks/both", (211, 19, 1031), token_chunk=48, vocab_chunk=192)
+    yield _case("chunks/both", (197, 11, 409), token_chunk=48, vocab_chunk=192)
     for scale in (1e2, 1e-4):
         yield _case(f"values/{scale:g}", scale=scale)
+    yield _case("values/10000-softcap", scale=1e4, softcap=30.0)
     yield _case("zero/lse-alone", cotangents=("lse",))
     yield _case("zero/entropy-alone", cotangents=("entropy",))
     yield _case("zero/no-tangent-of-hidden", tangents=("weight", "bias"))
@@ -88,3 +90,18 @@ def _cases() -> Iterator[FlatCase]:
 
 CASES: tuple[FlatCase, ...] = tuple(_cases())
 """Every case."""
+
+
+def with_errors_of_logits(problem: FlatProblem, size: float, seed: int) -> FlatProblem:
+    """Return the problem with each logit off by up to `size`, by T more columns.
+
+    Token t has 1 in the column t and 0 in the others, and weight has the errors.
+    """
+    rng, a = np.random.default_rng(seed), dict(problem.arrays)
+    T, V = len(a["hidden"]), len(a["weight"])
+    more = {"hidden": np.eye(T), "weight": size * rng.uniform(-1, 1, (V, T))}
+    for name, columns in more.items():
+        a[name] = np.concatenate([a[name], columns], axis=1)
+        if f"t_{name}" in a:
+            a[f"t_{name}"] = np.concatenate([a[f"t_{name}"], 0 * columns], axis=1)
+    return replace(problem, arrays=a)
