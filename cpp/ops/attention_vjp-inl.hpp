@@ -72,8 +72,8 @@ class VjpBody {
       *x = arena.take<E>(kPairs<E> ? kPairsOfTiles / kP : 0);
     for (E** x : {&tp_queries_, &tds_queries_, &tds_keys_})
       *x = arena.take<E>(kPairs<E> && second_ ? kPairsOfTiles / kP : 0);
-    tanh_ = arena.take<T>(in_.softcap > 0 ? kPairsOfTiles : 0);
-    ttanh_ = arena.take<T>(in_.softcap > 0 && second_ ? kPairsOfTiles : 0);
+    slope_ = arena.take<T>(in_.softcap > 0 ? kPairsOfTiles : 0);
+    tslope_ = arena.take<T>(in_.softcap > 0 && second_ ? kPairsOfTiles : 0);
     bias_ = arena.take<T>(in_.bias ? kGradKeys * kPanel : 0);
     tbias_ = arena.take<T>(t_.tbias ? kGradKeys * kPanel : 0);
     factors_ = arena.take<T>(in_.dropout.on ? kGradKeys * kPanel : 0);
@@ -530,7 +530,8 @@ class VjpBody {
       position = load(x);
     }
   };
-  TW_MEMBER Vec<T> weight(const Lane& lane, int j, int n, Vec<T> raw, Vec<T>* tanh_out) const {
+  TW_MEMBER Vec<T> weight(const Lane& lane, int j, int n, Vec<T> raw,
+                          TanhAndSlope<T>* tanh_out) const {
     const Vec<T> added =
         logits_->bias ? load(bias_ + int64_t{j} * kPanel + n * kWidth<T>) : zero<T>();
     return probability<T>((*logits_)(raw, abs(lane.position - splat<T>(j)), added, tanh_out),
@@ -545,17 +546,18 @@ class VjpBody {
     for (int j = s.ja; j < s.jb; j++) {
       const int64_t at = int64_t{j} * kGradQueries + lane.at;
       const Vec<T> dp = load(ds_ + at);
-      Vec<T> slope = zero<T>(), factor = splat<T>(1);
-      const Vec<T> w = weight(lane, j, n, load(p_ + at), &slope);
+      TanhAndSlope<T> cap{};
+      Vec<T> factor = splat<T>(1);
+      const Vec<T> w = weight(lane, j, n, load(p_ + at), &cap);
       if (dropout_->on) factor = load(factors_ + int64_t{j} * kPanel + n * kWidth<T>);
       Vec<T> kept = w * factor, d = (dp * factor - lane.delta) * w;
       const Lanes<T> in = s.edge ? edge_lanes<T>(words, j, n) : lanes<T>(0xffff);
-      errors.add(in, kept, dropout_->on ? dp : dp - lane.delta, slope);
+      errors.add(in, kept, dropout_->on ? dp : dp - lane.delta, cap.slope);
       if (s.edge)
-        for (Vec<T>* x : {&kept, &d, &slope}) *x = select(in, *x, zero<T>());
+        for (Vec<T>* x : {&kept, &d, &cap.slope}) *x = select(in, *x, zero<T>());
       store(p_ + at, kept);
       store(ds_ + at, d);
-      if (logits_->softcap) store(tanh_ + at, slope);
+      if (logits_->softcap) store(slope_ + at, cap.slope);
     }
     errors.store_to(&t, lane.at);
   }
@@ -570,13 +572,15 @@ class VjpBody {
     for (int j = s.ja; j < s.jb; j++) {
       const int64_t at = int64_t{j} * kGradQueries + lane.at;
       const int64_t in_panel = int64_t{j} * kPanel + n * kWidth<T>;
-      Vec<T> slope = zero<T>(), tslope = zero<T>(), dp = load(ds_ + at),
+      TanhAndSlope<T> cap{};
+      Vec<T> tslope = zero<T>(), dp = load(ds_ + at),
              tdp = values_move ? load(tp_ + at) : zero<T>();
-      const Vec<T> w = weight(lane, j, n, load(p_ + at), &slope);
+      const Vec<T> w = weight(lane, j, n, load(p_ + at), &cap);
       Vec<T> ts = products_move_ ? load(tds_ + at) : zero<T>();
       if (logits_->softcap) {
-        tslope = ts * fma(-slope, slope, splat<T>(1));
-        ts = tslope * set1(logits_->natural_cap);
+        const Vec<T> ttanh = ts * cap.slope;
+        tslope = splat<T>(-2) * cap.value * ttanh;
+        ts = ttanh * set1(logits_->natural_cap);
       } else {
         ts = ts * splat<T>(kLn2);
       }
@@ -590,30 +594,30 @@ class VjpBody {
       Vec<T> d = e * w, td = fma(tp, e, w * (tdp - tdelta));
       if (s.edge) {
         const Lanes<T> in = edge_lanes<T>(words, j, n);
-        for (Vec<T>* x : {&kept, &tkept, &d, &td, &slope, &tslope}) *x = select(in, *x, zero<T>());
+        for (Vec<T>* x : {&kept, &tkept, &d, &td, &cap.slope, &tslope})
+          *x = select(in, *x, zero<T>());
       }
       store(p_ + at, kept);
       store(tp_ + at, tkept);
       store(ds_ + at, d);
       store(tds_ + at, td);
       if (logits_->softcap) {
-        store(tanh_ + at, slope);
-        store(ttanh_ + at, tslope);
+        store(slope_ + at, cap.slope);
+        store(tslope_ + at, tslope);
       }
     }
   }
 
-  // ds is the gradient by the capped logit; by the product it is ds (1 - tanh^2)
+  // ds is the gradient by the capped logit; by the product it is ds times the slope
   void through_softcap() {
     for (int j = 0; j < mask_.keys(); j++)
       for (int g = 0; g < mask_.groups(); g++) {
         if (mask_.none(j, g)) continue;
         for (int i = g * kGroup; i < (g + 1) * kGroup; i += kWidth<T>) {
           const int64_t at = j * kGradQueries + i;
-          const Vec<T> x = load(tanh_ + at), d = load(ds_ + at), slope = fma(-x, x, splat<T>(1));
+          const Vec<T> d = load(ds_ + at), slope = load(slope_ + at);
           store(ds_ + at, d * slope);
-          if (second_)
-            store(tds_ + at, fma(load(tds_ + at), slope, splat<T>(-2) * x * load(ttanh_ + at) * d));
+          if (second_) store(tds_ + at, fma(load(tds_ + at), slope, load(tslope_ + at) * d));
         }
       }
   }
@@ -662,7 +666,7 @@ class VjpBody {
     *tk_pairs_ = nullptr, *p_queries_ = nullptr, *ds_queries_ = nullptr, *ds_keys_ = nullptr,
     *tp_queries_ = nullptr, *tds_queries_ = nullptr, *tds_keys_ = nullptr, *halves_ = nullptr;
   T *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr, *p_ = nullptr, *ds_ = nullptr,
-    *tp_ = nullptr, *tds_ = nullptr, *tanh_ = nullptr, *ttanh_ = nullptr, *bias_ = nullptr,
+    *tp_ = nullptr, *tds_ = nullptr, *slope_ = nullptr, *tslope_ = nullptr, *bias_ = nullptr,
     *tbias_ = nullptr, *factors_ = nullptr, *columns_ = nullptr, *more_columns_ = nullptr,
     *rows_ = nullptr;
   PairMask mask_;

@@ -169,22 +169,33 @@ def _bound(run: Callable[..., Tensors], kernel: Kernel) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=256)
-def _parsed(options: str) -> Mapping[str, Any]:
-    parsed: Mapping[str, Any] = literal_eval(options)
-    return parsed
+def parsed(options: str) -> Mapping[str, Any]:
+    """Return options from their text."""
+    found: Mapping[str, Any] = literal_eval(options)
+    return found
 
 
 def _run(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Run a function on the memory of the tensors; None stands for a result that is not needed."""
-    if tensors[kernel.first].dtype is torch.bfloat16:
-        dtype = bfloat16(kernel.operator.name)
-        arrays = [t if t is None else _array(t, dtype) for t in tensors]
-        make = _tensor
-    else:
-        arrays = [t if t is None else t.numpy(force=True) for t in tensors]
-        make = torch.from_numpy
-    out = evaluate(kernel.operator, kernel.kind, arrays, _parsed(options), needed)
+    arrays, make = as_arrays(kernel.operator.name, tensors[kernel.first].dtype, tensors)
+    out = evaluate(kernel.operator, kernel.kind, arrays, parsed(options), needed)
     return tuple([make(a) if wanted else None for a, wanted in zip(out, needed, strict=True)])
+
+
+def as_arrays(
+    name: str, dtype: torch.dtype, tensors: Sequence[Any]
+) -> tuple[list[Any], Callable[[Any], Any]]:
+    """Return the memory of plain tensors as arrays, and what makes tensors of arrays.
+
+    Args:
+        name: Name of the operator, for the error text.
+        dtype: That of the call; bfloat16 needs a package.
+        tensors: Tensors, or None, which stays None.
+    """
+    if dtype is not torch.bfloat16:
+        return [t if t is None else t.numpy(force=True) for t in tensors], torch.from_numpy
+    narrow = bfloat16(name)
+    return [t if t is None else _array(t, narrow) for t in tensors], _tensor
 
 
 def _array(tensor: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -209,7 +220,7 @@ def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any)
         extra = first.ndim - operator.rank
         given = [None if t is None else tuple(t.shape[extra:]) for t in tensors]
         leading = tuple(first.shape[:extra])
-        shapes = [leading + shape for shape in operator.shapes(given, _parsed(options))]
+        shapes = [leading + shape for shape in operator.shapes(given, parsed(options))]
         wide = torch.float32 if _is_narrow(first) else first.dtype
         dtypes = [first.dtype] * operator.narrow_outputs
         dtypes += [wide] * (len(shapes) - len(dtypes))

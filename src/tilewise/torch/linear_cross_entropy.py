@@ -30,6 +30,7 @@ from tilewise.ops.linear_cross_entropy.spec import (
 
 from .autodiff import forward, register
 from .checks import autocast, check_device, check_first, shown
+from .loss_accumulator import accumulating
 
 register(FLAT)
 
@@ -73,6 +74,7 @@ class LinearCrossEntropyOptions(TypedDict, total=False):
     token_chunk: int | None
     vocab_chunk: int | None
     gradient_filter: float | None
+    grad_accumulator: Tensor | None
     implementation: str | None
 
 
@@ -116,6 +118,7 @@ def linear_cross_entropy(
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
     gradient_filter: float | None = None,
+    grad_accumulator: Tensor | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
@@ -152,6 +155,9 @@ def linear_cross_entropy(
         vocab_chunk: How many classes' logits there are at a time; by default all.
         gradient_filter: Probability below which entries may be left out of gradients; None is
             never.
+        grad_accumulator: `(V, C)`, contiguous, dtype of weight, or float32 where that has 16 bits.
+            Each backward pass in which weight requires a gradient adds that to this tensor, and
+            weight gets none, as with `tilewise.torch.linear`.
         return_lse: Return also `lse`, of ignored tokens too; so the next two.
         return_entropy: Return also the entropy of each token's probabilities.
         return_argmax: Return also each token's most probable class.
@@ -165,7 +171,8 @@ def linear_cross_entropy(
         TypeError: An argument has a wrong kind or dtype.
         ValueError: An argument has a wrong shape, device or value.
         Unsupported: Targets are class probabilities, the implementation does not serve the call, or
-            a third derivative is asked for.
+            a third derivative is asked for; with `grad_accumulator`, a transform of `torch.func` or
+            a derivative of a backward pass.
 
     Accuracy:
         `tilewise.ops.linear_cross_entropy.spec.error_bound` bounds the error and derives the bound.
@@ -200,9 +207,13 @@ def linear_cross_entropy(
     wide = torch.float32 if hidden.dtype in _NARROW else hidden.dtype
     counts = None if class_weight is None else class_weight.detach().to(wide)
     inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, y, counts)
-    kept = _kept_gradients(inputs[:3], reduction, vocab_chunk)
-    needed = (True, True, True, bool(return_argmax), True, True, *kept)
-    loss, lse, entropy, argmax = forward(FLAT, inputs, options, needed)[:4]
+    if grad_accumulator is not None:
+        found = accumulating(grad_accumulator, inputs, options, argmax=bool(return_argmax))
+    else:
+        kept = _kept_gradients(inputs[:3], reduction, vocab_chunk)
+        needed = (True, True, True, bool(return_argmax), True, True, *kept)
+        found = forward(FLAT, inputs, options, needed)
+    loss, lse, entropy, argmax = found[:4]
 
     def back(rows: Tensor) -> Tensor:
         whole = rows.reshape(lead)

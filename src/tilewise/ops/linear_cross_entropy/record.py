@@ -120,7 +120,7 @@ def vjp(
             # The function of the forward pass, so that gradients that were kept have equal bits.
             grads = chosen.forward(call, Want(ignored=False, gradients=wanted)).grads
         return tuple([_times(grad, dloss) for grad in grads])
-    given = _cotangents(call, (dloss, dlse, dentropy), outputs, residuals)
+    given = cotangent_call(call, (dloss, dlse, dentropy), outputs, residuals)
     return tuple(chosen.vjp(call, given, wanted))
 
 
@@ -155,7 +155,7 @@ def vjp_jvp(
     assert chosen.vjp_jvp is not None
     tdloss, tdlse, tdentropy = (_some(a) for a in cotangent_tangents)
     second = SecondCall(
-        _cotangents(call, cotangents, outputs, residuals),
+        cotangent_call(call, cotangents, outputs, residuals),
         _tangents(call, tangents, outputs, residuals),
         call.spread(tdloss),
         tdlse,
@@ -164,9 +164,10 @@ def vjp_jvp(
     return tuple(chosen.vjp_jvp(call, second, Needed(*needed)))
 
 
-def _cotangents(
+def cotangent_call(
     call: FlatCall, cotangents: Arrays, outputs: Arrays, residuals: Sequence[Any]
 ) -> CotangentCall:
+    """Return the cotangents of a call as implementations take them."""
     dloss, dlse, dentropy = (_some(a) for a in cotangents)
     stats = LossStats(*residuals[:2])
     return CotangentCall(call.spread(dloss), dlse, dentropy, stats, _some(outputs[2]))
