@@ -1,4 +1,4 @@
-"""The softmax of rows whose columns lie far apart has the bits of the same rows one after another."""
+"""Softmax rows whose columns lie far apart have the bits of rows one after another."""
 
 from __future__ import annotations
 
