@@ -216,9 +216,10 @@ def _tensor(array: Any) -> Any:
 def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Return tensors of the right shapes without values."""
     operator, first = kernel.operator, kernel.first_input(tensors)
-    if kernel.kind == "forward":
+    inputs = tensors if kernel.kind == "forward" else kernel.split(tensors)[-3]
+    if kernel.kind in ("forward", "jvp"):
         extra = first.ndim - operator.rank
-        given = [None if t is None else tuple(t.shape[extra:]) for t in tensors]
+        given = [None if t is None else tuple(t.shape[extra:]) for t in inputs]
         leading = tuple(first.shape[:extra])
         shapes = [leading + shape for shape in operator.shapes(given, parsed(options))]
         wide = torch.float32 if _is_narrow(first) else first.dtype
@@ -227,10 +228,10 @@ def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any)
         for i, name in enumerate((*operator.outputs, *operator.residuals)):
             source = operator.dtypes.get(name)
             if source is not None:
-                dtypes[i] = _dtype_of(source, operator, tensors)
+                dtypes[i] = _dtype_of(source, operator, inputs)
+        shapes, dtypes = shapes[: kernel.results], dtypes[: kernel.results]
     else:
-        *_, inputs, outputs, _ = kernel.split(tensors)
-        like = outputs if kernel.kind == "jvp" else inputs[: operator.active_inputs]
+        like = inputs[: operator.active_inputs]
         shapes = [() if t is None else tuple(t.shape) for t in like]
         dtypes = [first.dtype if t is None else t.dtype for t in like]
     results = zip(shapes, dtypes, needed, strict=True)
@@ -476,9 +477,10 @@ def _save(
         passive = [t for t in returned[active:] if t is not None]
         if passive:
             ctx.mark_non_differentiable(*passive)
-        tensors += out[:active] + out[len(kernel.operator.outputs) :]
+        read = _only(out[:active], kernel.operator.reads)
+        tensors += read + out[len(kernel.operator.outputs) :]
     elif kernel.kind == "jvp":
-        tensors = out + tensors
+        tensors = _only(out, (kernel.operator.output_tangents,) * len(out)) + tensors
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
     return tensors

@@ -185,4 +185,5 @@ FLAT = FlatOperator(
     jvp=_jvp,
     vjp_jvp=_vjp_jvp,
     output_tangents=False,
+    read_outputs=(),
 )

@@ -214,6 +214,7 @@ FLAT = FlatOperator(
     jvp=jvp,
     vjp_jvp=vjp_jvp,
     output_tangents=False,
+    read_outputs=("entropy",),
     dtypes={"argmax": "int64", **_GRADIENTS},
     kept_gradients=len(_GRADIENTS),
     joins=joins_gradients,
