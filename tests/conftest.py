@@ -1,17 +1,24 @@
-"""What the tests of the compiled core share."""
+"""What all tests share, and arrays between forbidden pages for those of the compiled core."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from itertools import cycle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+# Without a GPU Triton interprets its kernels. It asks once, as a kernel is decorated: so this has
+# to be there before any test imports Triton.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 OPERATORS = ("attention", "softmax", "cross_entropy", "linear_cross_entropy")
 PAGE = mmap.PAGESIZE

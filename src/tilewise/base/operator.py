@@ -219,6 +219,8 @@ class FlatOperator:
         output_tangents: Whether `vjp_jvp` reads the output tangents that it is given.
         read_outputs: Names of the active outputs that derivatives read, None for all. The others
             are given to derivatives as None, so that nothing keeps them.
+        read_inputs: Names of the inputs whose entries `prepare` reads; of the others it looks only
+            at shapes, strides and dtypes.
         split_over: ``(kind, arrays, options) -> number`` of first dimensions of all arguments and
             results that are batches as with `folds`; by default what that says.
     """
@@ -246,6 +248,7 @@ class FlatOperator:
     split_over: Callable[..., int] | None = None
     output_tangents: bool = True
     read_outputs: tuple[str, ...] | None = None
+    read_inputs: tuple[str, ...] = ()
 
     @cached_property
     def reads(self) -> tuple[bool, ...]:
