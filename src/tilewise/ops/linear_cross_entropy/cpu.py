@@ -78,7 +78,7 @@ def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) 
     """Compute the gradients that are needed."""
     at = _Tokens(call, reached(call, cotangents))
     accumulator = cotangents.accumulator
-    grads = at.gradients(needed if accumulator is None else needed._replace(weight=False))
+    grads = at.gradients(needed if accumulator is None else replace(needed, weight=False))
     given = {**at.cotangents(cotangents), **grads._asdict()}
     if accumulator is not None and needed.weight:
         given |= {"dweight": accumulator, "accumulate_dweight": True}
