@@ -40,7 +40,7 @@ def forward(call: LossCall, want: Want) -> LossOutputs:
     kept = _forward(call, want, call.kept)
     rest = _forward(call, replace(want, gradients=None), ~call.kept)
     stats = (np.where(call.kept, a, b) for a, b in zip(kept.stats, rest.stats, strict=True))
-    rows = {
+    rows: dict[str, Any] = {
         name: np.where(call.kept, getattr(kept, name), getattr(rest, name))
         for name in ("entropy", "argmax", "picked", "mass")
         if getattr(kept, name) is not None
