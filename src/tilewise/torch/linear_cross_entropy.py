@@ -182,23 +182,21 @@ def linear_cross_entropy(
     """
     if torch.is_autocast_enabled("cpu"):
         hidden, weight, bias = autocast(hidden, weight, bias)
-    _check(hidden, weight, bias, targets, class_weight)
+    check(hidden, weight, bias, targets, class_weight)
     lead = hidden.shape[:-1]
     shift = check_shift(shift, len(lead))
     reduction = check_reduction(reduction)
     ignored = IGNORE_INDEX.check(ignore_index)
     zeta = Z_LOSS.check(NAME, z_loss)
-    options = _literal(
+    options = literal_options(
         ignore_index=ignored,
-        label_smoothing=LABEL_SMOOTHING.check(NAME, label_smoothing),
+        label_smoothing=label_smoothing,
         z_loss=zeta,
-        softcap=None if softcap is None else SOFTCAP.check(NAME, softcap),
+        softcap=softcap,
         reduction=reduction,
-        token_chunk=None if token_chunk is None else TOKEN_CHUNK.check(token_chunk),
-        vocab_chunk=None if vocab_chunk is None else VOCAB_CHUNK.check(vocab_chunk),
-        gradient_filter=(
-            None if gradient_filter is None else GRADIENT_FILTER.check(NAME, gradient_filter)
-        ),
+        token_chunk=token_chunk,
+        vocab_chunk=vocab_chunk,
+        gradient_filter=gradient_filter,
         lse=bool(return_lse or return_z_loss),
         entropy=bool(return_entropy),
         implementation=implementation,
@@ -235,12 +233,36 @@ def linear_cross_entropy(
     )
 
 
-def _literal(**options: Any) -> str:
-    """Return options as the text of a dictionary."""
+def literal_options(
+    *,
+    ignore_index: object,
+    label_smoothing: object,
+    z_loss: object,
+    softcap: object,
+    reduction: object,
+    token_chunk: object,
+    vocab_chunk: object,
+    gradient_filter: object,
+    **others: Any,
+) -> str:
+    """Return checked options, and others as they are, as the text of a dictionary."""
+    options = {
+        "ignore_index": IGNORE_INDEX.check(ignore_index),
+        "label_smoothing": LABEL_SMOOTHING.check(NAME, label_smoothing),
+        "z_loss": Z_LOSS.check(NAME, z_loss),
+        "softcap": None if softcap is None else SOFTCAP.check(NAME, softcap),
+        "reduction": check_reduction(reduction),
+        "token_chunk": None if token_chunk is None else TOKEN_CHUNK.check(token_chunk),
+        "vocab_chunk": None if vocab_chunk is None else VOCAB_CHUNK.check(vocab_chunk),
+        "gradient_filter": (
+            None if gradient_filter is None else GRADIENT_FILTER.check(NAME, gradient_filter)
+        ),
+        **others,
+    }
     return "{" + ", ".join([f"{name!r}: {value!r}" for name, value in options.items()]) + "}"
 
 
-def _check(hidden: Any, weight: Any, bias: Any, targets: Any, class_weight: Any) -> None:
+def check(hidden: Any, weight: Any, bias: Any, targets: Any, class_weight: Any) -> None:
     """Check all but the values of tensors."""
     _check_tensors(hidden=hidden, weight=weight, bias=bias, class_weight=class_weight)
     if not isinstance(targets, Tensor):

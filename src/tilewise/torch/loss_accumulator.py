@@ -81,8 +81,8 @@ class _Accumulating(Function):  # type: ignore[misc]
             raise unsupported(NAME, "grad_accumulator goes with plain tensors alone")
         given = (*saved, *g[:3], ctx.accumulator)
         arrays, make = as_arrays(NAME, saved[0].dtype, given)
-        inputs, outputs, stats = arrays[:5], arrays[5:8], arrays[8:10]
-        *cotangents, accumulator = arrays[10:]
+        inputs, outputs, stats = arrays[:5], tuple(arrays[5:8]), arrays[8:10]
+        cotangents, accumulator = tuple(arrays[10:13]), arrays[13]
         call = prepare_flat(inputs, ctx.options)
         chosen = choose(NAME, call, ctx.options["implementation"], "vjp")
         needed = Needed(*ctx.needs_input_grad[:3])

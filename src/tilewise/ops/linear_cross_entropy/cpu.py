@@ -40,7 +40,7 @@ def forward(call: LossCall, want: Want) -> LossOutputs:
     kept = _forward(call, want, call.kept)
     rest = _forward(call, replace(want, gradients=None), ~call.kept)
     stats = (np.where(call.kept, a, b) for a, b in zip(kept.stats, rest.stats, strict=True))
-    rows = {
+    rows: dict[str, Any] = {
         name: np.where(call.kept, getattr(kept, name), getattr(rest, name))
         for name in ("entropy", "argmax", "picked", "mass")
         if getattr(kept, name) is not None
@@ -78,7 +78,7 @@ def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) 
     """Compute the gradients that are needed."""
     at = _Tokens(call, reached(call, cotangents))
     accumulator = cotangents.accumulator
-    grads = at.gradients(needed if accumulator is None else needed._replace(weight=False))
+    grads = at.gradients(needed if accumulator is None else replace(needed, weight=False))
     given = {**at.cotangents(cotangents), **grads._asdict()}
     if accumulator is not None and needed.weight:
         given |= {"dweight": accumulator, "accumulate_dweight": True}

@@ -42,6 +42,9 @@ OPTIONS = (
 )
 """The options of a call; beside them are "lse" and "entropy", whether these are asked for."""
 
+PART = ("first_class", "classes")
+"""The options of a call for a part of the classes; without them it is for all."""
+
 _GRADIENTS = {"dhidden": "hidden", "dweight": "weight", "dbias": "bias"}
 
 
@@ -81,6 +84,7 @@ def prepare_flat(inputs: Sequence[Array | None], options: Mapping[str, Any]) -> 
     """Validate a call."""
     hidden, weight, bias, targets, class_weight = inputs
     given = {name: options[name] for name in OPTIONS}
+    given |= {name: options[name] for name in PART if name in options}
     call = prepare(hidden, weight, targets, bias=bias, class_weight=class_weight, **given)
     return FlatCall(**vars(call), lse=options["lse"], entropy=options["entropy"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) 
     if into is not None and needed.weight:
         assert exact.dweight is not None
         into[...] = round_to(into.astype(np.float64) + exact.dweight, into.dtype)
-    shown = needed if into is None else needed._replace(weight=False)
+    shown = needed if into is None else replace(needed, weight=False)
     return _rounded(call, exact, shown)
 
 

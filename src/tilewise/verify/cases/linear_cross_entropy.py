@@ -76,7 +76,12 @@ def _cases() -> Iterator[FlatCase]:
     yield _case("option/smoothed", label_smoothing=0.1)
     yield _case("option/z-loss", z_loss=0.01)
     yield _case("option/softcap", softcap=2.0)
-    everything = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 5.0, "reduction": "mean"}
+    everything: dict[str, Any] = {
+        "label_smoothing": 0.2,
+        "z_loss": 0.1,
+        "softcap": 5.0,
+        "reduction": "mean",
+    }
     yield _case("option/all", (31, 19, 131), class_weight=True, targets="some", **everything)
     yield _case("chunks/both", (197, 11, 409), token_chunk=48, vocab_chunk=192)
     for scale in (1e2, 1e-4):
