@@ -11,6 +11,7 @@ from tilewise.shared.launch import Compilation, LaunchPlan
 INTERPRETER = "interpreter"
 """The architecture of Triton's interpreter, whose tiles are small so that tests have several."""
 
+_ROUNDED, _WIDE, _SPLIT = 0, 1, 2
 _LEAST = 16  # the smallest extent of a product
 
 
@@ -54,17 +55,20 @@ def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, 
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
-    """Return how products are rounded.
+    """Return how the weights of sums are rounded that multiply values of 16 bits.
 
-    Weights of 16-bit values are rounded to their dtype, except where that would cost digits that
-    the results have: gradients in float16 may be smaller than its numbers, and a tangent subtracts
-    what the output, computed from unrounded ones, carries.
+    To their dtype, as the other factor has no more digits; but a tangent subtracts what the output
+    carries, which was summed from other roundings, and gradients in float16 may be smaller than its
+    numbers: there they keep their digits.
     """
-    narrow = dtype in ("float16", "bfloat16")
-    wide = narrow and (kind not in ("fwd", "dq", "dkv") or (kind != "fwd" and dtype == "float16"))
-    # Only products of 32 bits are split: three of fewer bits have their digits.
-    split = wide and arch.startswith("sm_")
-    return {"WIDE": wide, "PRECISION": "tf32x3" if split else "ieee"}
+    weights = _ROUNDED
+    if dtype == "float16" and kind != "fwd":
+        weights = _WIDE
+    elif dtype == "bfloat16" and (kind == "jvp" or kind.startswith("second_")):
+        weights = _SPLIT
+    # Only products of 32 bits are split, into three: those of 16 bits are exact.
+    split = weights == _WIDE and arch.startswith("sm_")
+    return {"WEIGHTS": weights, "PRECISION": "tf32x3" if split else "ieee"}
 
 
 def planned(arch: str) -> Iterator[Compilation]:
