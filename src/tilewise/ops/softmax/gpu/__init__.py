@@ -1,0 +1,1 @@
+"""The softmax, its logarithm and log-sum-exp in Triton."""
