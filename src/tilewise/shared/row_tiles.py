@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .launch import LaunchPlan
+from .launch import Compilation, LaunchPlan
 
 Tensor = Any
 """A tensor of PyTorch, or what has its shape, strides, dtype and new_empty."""
@@ -105,3 +105,35 @@ def wide_like(x: Tensor) -> Tensor:
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return small tensors in C order; None stays None."""
     return tuple([None if t is None else t.contiguous() for t in tensors])
+
+
+def compilation(
+    name: str,
+    kernel: Any,
+    pointers: Mapping[str, str],
+    numbers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int,
+) -> Compilation:
+    """Return a configuration of a kernel; what is not named is a number of 32 bits.
+
+    Args:
+        name: What the tables call it.
+        kernel: The decorated Triton function.
+        pointers: The types of the tensors that are given; other arguments `*_ptr` are None.
+        numbers: The types of numbers that are no sizes or strides.
+        constants: The values of constexpr arguments, and of sizes and strides that are 1.
+        num_warps: Warps of one program.
+    """
+    signature, fixed = {}, dict(constants)
+    for argument in kernel.arg_names:
+        if argument in pointers or argument in numbers:
+            signature[argument] = pointers.get(argument) or numbers[argument]
+        elif argument.endswith("_ptr"):
+            fixed[argument] = None
+        elif argument not in fixed:
+            signature[argument] = "i32"
+    sizes = ("_tile", "_other", "_c")
+    aligned = {n for n, kind in signature.items() if kind[0] == "*" or n.endswith(sizes)}
+    aligned |= {"C", "n_tile"} & signature.keys()
+    return Compilation(name, kernel, signature, fixed, frozenset(aligned), num_warps)

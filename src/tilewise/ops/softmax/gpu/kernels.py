@@ -90,7 +90,9 @@ def softmax_fwd_kernel(
         at = tile[:, None] * w_tile + other * w_other + c[None, :] * w_c
         visible = inside & (tl.load(where_ptr + at, mask=inside, other=0) != 0)
     at = tile[:, None] * x_tile + other * x_other + c[None, :] * x_c
-    x = tl.load(x_ptr + at, mask=visible, other=float("-inf")).to(wide)
+    # All entries are read, so that loads are wide, and those that are hidden replaced.
+    x = tl.load(x_ptr + at, mask=inside, other=float("-inf")).to(wide)
+    x = tl.where(visible, x, float("-inf"))
 
     if PHASE == "write":
         m = tl.load(m_ptr + row, mask=has_row, other=0.0)
@@ -151,19 +153,22 @@ def softmax_merge_kernel(
 
 
 @triton.jit
-def _of_rows(ptr, row, alive, like):
+def _of_rows(ptr, row, alive, wide: tl.constexpr):
     """Return a number for each row, 0 where it is absent or the row empty."""
-    if ptr is None:
-        return tl.zeros(row.shape, like)
-    return tl.load(ptr + row, mask=alive, other=0.0)
+    found = tl.zeros(row.shape, wide)
+    if ptr is not None:
+        found = tl.load(ptr + row, mask=alive, other=0.0)
+    return found
 
 
 @triton.jit
-def _entries(ptr, at, active, wide: tl.constexpr):
+def _entries(ptr, at, inside, active, wide: tl.constexpr):
     """Return the entries of a tile, 0 where they are absent or not active."""
-    if ptr is None:
-        return tl.zeros(active.shape, wide)
-    return tl.load(ptr + at, mask=active, other=0.0).to(wide)
+    found = tl.zeros(active.shape, wide)
+    if ptr is not None:
+        found = tl.load(ptr + at, mask=inside, other=0.0).to(wide)
+        found = tl.where(active, found, 0.0)
+    return found
 
 
 @triton.jit
@@ -241,7 +246,7 @@ def softmax_derivative_kernel(
         at = tile[:, None] * w_tile + other * w_other + c[None, :] * w_c
         active = active & (tl.load(where_ptr + at, mask=inside, other=0) != 0)
     at = tile[:, None] * x_tile + other * x_other + c[None, :] * x_c
-    x = tl.load(x_ptr + at, mask=active, other=float("-inf")).to(wide)
+    x = tl.load(x_ptr + at, mask=inside, other=float("-inf")).to(wide)
     p = tl.exp((x - finite_base(m)[:, None]) * scale - log_l[:, None])
     p = tl.where(active, p, 0.0)
     p_sink = tl.zeros([BLOCK_R], wide)
@@ -252,11 +257,11 @@ def softmax_derivative_kernel(
         p_sink = tl.where(has_sink, tl.exp(z - m * scale - log_l), 0.0)
 
     at = tile[:, None] * dy_tile + other * dy_other + c[None, :] * dy_c
-    dy = _entries(dy_ptr, at, active, wide)
+    dy = _entries(dy_ptr, at, inside, active, wide)
     at = tile[:, None] * tx_tile + other * tx_other + c[None, :] * tx_c
-    ts = _entries(tx_ptr, at, active, wide) * scale
+    ts = _entries(tx_ptr, at, inside, active, wide) * scale
     at = tile[:, None] * tdy_tile + other * tdy_other + c[None, :] * tdy_c
-    tdy = _entries(tdy_ptr, at, active, wide)
+    tdy = _entries(tdy_ptr, at, inside, active, wide)
     dlse = _of_rows(dlse_ptr, row, alive, wide)
     tdlse = _of_rows(tdlse_ptr, row, alive, wide)
     tz = _of_rows(tsink_ptr, row, has_sink, wide)
