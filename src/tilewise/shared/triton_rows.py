@@ -20,10 +20,10 @@ def tile_of_rows(n_tile, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def max_or_nan(x):
-    """Return the largest entry of each row of `[R, C]`, NaN where there is one."""
-    top = tl.max(tl.where(x == x, x, float("-inf")), axis=1)
-    spoiled = tl.max((x != x).to(tl.int32), axis=1) > 0
+def max_or_nan(x, AXIS: tl.constexpr):
+    """Return the largest entries along an axis, NaN where there is one."""
+    top = tl.max(tl.where(x == x, x, float("-inf")), axis=AXIS)
+    spoiled = tl.max((x != x).to(tl.int32), axis=AXIS) > 0
     return tl.where(spoiled, float("nan"), top)
 
 

@@ -118,7 +118,7 @@ def cross_entropy_fwd_kernel(
     at = tile[:, None] * q_tile + other * q_other + c[None, :] * q_c
     t = _target_weights(y, at, q_ptr, w, c, inside, kept, number(sharp, wide), number(share, wide))
 
-    m = max_or_nan(s)
+    m = max_or_nan(s, 1)
     gap = s - finite_base(m)[:, None]
     l = tl.sum(tl.exp(gap), axis=1)
     far = tl.sum(tl.where(t == 0.0, 0.0, -t * gap), axis=1)
@@ -173,19 +173,19 @@ def cross_entropy_merge_kernel(
     one = tl.full([], 1.0, wide)
     for start in range(0, n_parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
-        inside = has_row[:, None] & (part < n_parts)[None, :]  # [BLOCK_R, BLOCK_P]
-        at = parts_ptr + part[None, :].to(tl.int64) * n_rows + row[:, None]
+        inside = (part < n_parts)[:, None] & has_row[None, :]  # [BLOCK_P, BLOCK_R]
+        at = parts_ptr + part[:, None].to(tl.int64) * n_rows + row[None, :]
         m_part = tl.load(at, mask=inside, other=float("-inf"))
         l_part = tl.load(at + stride, mask=inside, other=0.0)
         far_part = tl.load(at + 2 * stride, mask=inside, other=0.0)
         total_part = tl.load(at + 3 * stride, mask=inside, other=0.0)
-        top = larger(m, max_or_nan(m_part))
+        top = larger(m, max_or_nan(m_part, 0))
         base = finite_base(top)
-        more = merged_sums(l_part, m_part, top[:, None], one)
-        l = merged_sums(l, m, top, one) + tl.sum(more, axis=1)
+        more = merged_sums(l_part, m_part, top[None, :], one)
+        l = merged_sums(l, m, top, one) + tl.sum(more, axis=0)
         far += total * (base - finite_base(m))
-        far += tl.sum(far_part + total_part * (base[:, None] - finite_base(m_part)), axis=1)
-        total += tl.sum(total_part, axis=1)
+        far += tl.sum(far_part + total_part * (base[None, :] - finite_base(m_part)), axis=0)
+        total += tl.sum(total_part, axis=0)
         m = top
     loss, lse, z_loss, log_l = _finish(m, l, far, total, kept, number(zeta, wide), SQUARED)
     tl.store(loss_ptr + row, loss, mask=has_row)

@@ -98,7 +98,7 @@ def softmax_fwd_kernel(
         m = tl.load(m_ptr + row, mask=has_row, other=0.0)
         log_l = tl.load(log_l_ptr + row, mask=has_row, other=0.0)
     else:
-        m = max_or_nan(x)
+        m = max_or_nan(x, 1)
         l = tl.sum(tl.exp((x - finite_base(m)[:, None]) * scale), axis=1)
         if PHASE == "sums":
             at_part = part * n_rows + row
@@ -140,13 +140,13 @@ def softmax_merge_kernel(
     sums = parts_ptr + tl.cast(n_parts, tl.int64) * n_rows
     for start in range(0, n_parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
-        inside = has_row[:, None] & (part < n_parts)[None, :]  # [BLOCK_R, BLOCK_P]
-        at = part[None, :].to(tl.int64) * n_rows + row[:, None]
+        inside = (part < n_parts)[:, None] & has_row[None, :]  # [BLOCK_P, BLOCK_R]
+        at = part[:, None].to(tl.int64) * n_rows + row[None, :]
         m_part = tl.load(parts_ptr + at, mask=inside, other=float("-inf"))
         l_part = tl.load(sums + at, mask=inside, other=0.0)
-        top = larger(m, max_or_nan(m_part))
-        more = merged_sums(l_part, m_part, top[:, None], scale)
-        l = merged_sums(l, m, top, scale) + tl.sum(more, axis=1)
+        top = larger(m, max_or_nan(m_part, 0))
+        more = merged_sums(l_part, m_part, top[None, :], scale)
+        l = merged_sums(l, m, top, scale) + tl.sum(more, axis=0)
         m = top
     m, log_l = _finish(m, l, sink_ptr, row, has_row, scale)
     _store_rows(m, log_l, lse_ptr, m_ptr, log_l_ptr, row, has_row, scale)

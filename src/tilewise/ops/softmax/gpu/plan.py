@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tilewise.shared.launch import Compilation
-from tilewise.shared.row_tiles import MERGED_PARTS, RowTiles, compilation, row_tiles
+from tilewise.shared.row_tiles import RowTiles, compilation, merge_plan, row_tiles
 
 ENTRIES = {"forward": 16384, "vjp": 8192, "jvp": 8192, "vjp_jvp": 4096}
 """Entries of a tile at most, for what a kernel keeps of each in registers."""
@@ -27,6 +27,8 @@ def tiles(kind: str, C: int, I: int, itemsize: int) -> RowTiles:
 
 def planned(arch: str) -> Iterator[Compilation]:
     """Return the configurations that are compiled without a GPU: the same for each architecture."""
+    from tilewise.shared.triton_rows import sum_parts_kernel
+
     from .kernels import softmax_derivative_kernel, softmax_fwd_kernel, softmax_merge_kernel
 
     rows = {"m_ptr": "*fp32", "log_l_ptr": "*fp32"}
@@ -58,9 +60,10 @@ def planned(arch: str) -> Iterator[Compilation]:
                     {"KIND": kind, "LOG": False, "PHASE": phase},
                 )
     merged = {**rows, "parts_ptr": "*fp32", "sink_ptr": "*fp32", "lse_ptr": "*fp32"}
-    constants = {"BLOCK_R": 16, "BLOCK_P": MERGED_PARTS}
-    scale = {"scale": "fp64"}
+    constants, scale = merge_plan(1, 1).constants, {"scale": "fp64"}
     yield compilation("softmax_merge", softmax_merge_kernel, merged, scale, constants, 4)
+    added = {"parts_ptr": "*fp32", "total_ptr": "*fp32"}
+    yield compilation("sum_parts", sum_parts_kernel, added, {}, constants, 4)
 
 
 def _compilation(
