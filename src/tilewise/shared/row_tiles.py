@@ -83,6 +83,11 @@ def merge_plan(n_rows: int, sums: int) -> LaunchPlan:
     return LaunchPlan((-(-n_rows // 16), sums), constants, num_warps=4)
 
 
+def reduction_plan() -> LaunchPlan:
+    """Return the launch that adds numbers of all rows: one program."""
+    return LaunchPlan((1,), {"BLOCK_R": 1024}, num_warps=8)
+
+
 def launch(kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
     """Launch a kernel, unless there is nothing to do."""
     if 0 not in plan.grid:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewise.shared.triton_math import number, tanh
+from tilewise.shared.triton_losses import capped
+from tilewise.shared.triton_math import number
 from tilewise.shared.triton_rows import (
     finite_base,
     larger,
@@ -18,19 +19,6 @@ from tilewise.shared.triton_rows import (
     merged_sums,
     tile_of_rows,
 )
-
-
-@triton.jit
-def _capped(z, inside, cap, CAPPED: tl.constexpr):
-    """Return the logits s after the soft cap, -inf outside, and their slope and bend by z."""
-    slope = tl.full(z.shape, 1.0, z.dtype)
-    bend = tl.zeros(z.shape, z.dtype)
-    s = z
-    if CAPPED:
-        t, slope = tanh(z / cap)
-        s = cap * t
-        bend = -2.0 * t / cap * slope
-    return tl.where(inside, s, float("-inf")), slope, bend
 
 
 @triton.jit
@@ -114,7 +102,7 @@ def cross_entropy_fwd_kernel(
         w = tl.load(weight_ptr + c, mask=c < C, other=0.0)
     at = tile[:, None] * x_tile + other * x_other + c[None, :] * x_c
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(wide)
-    s, _, _ = _capped(z, inside, number(cap, wide), CAPPED)
+    s, _, _ = capped(z, inside, number(cap, wide), CAPPED)
     at = tile[:, None] * q_tile + other * q_other + c[None, :] * q_c
     t = _target_weights(y, at, q_ptr, w, c, inside, kept, number(sharp, wide), number(share, wide))
 
@@ -314,7 +302,7 @@ def cross_entropy_derivative_kernel(
         w = tl.load(weight_ptr + c, mask=c < C, other=0.0)
     at = tile[:, None] * x_tile + other * x_other + c[None, :] * x_c
     z = tl.load(x_ptr + at, mask=inside, other=0.0).to(wide)
-    s, slope, bend = _capped(z, inside, number(cap, wide), CAPPED)
+    s, slope, bend = capped(z, inside, number(cap, wide), CAPPED)
     absent = (s == float("-inf")) | (alive == 0)[:, None]
     p = tl.where(alive[:, None] & inside, tl.exp((s - m[:, None]) - log_l[:, None]), 0.0)
     far = tl.where(absent, 0.0, log_l[:, None] + (m[:, None] - s))
@@ -389,58 +377,3 @@ def cross_entropy_derivative_kernel(
             at = tile[:, None] * dq_tile + other * dq_other + c[None, :] * dq_c
             dq = sharp * w[None, :] * of_targets
             tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def mean_factor_kernel(
-    targets_ptr,
-    weight_ptr,
-    n_rows,
-    ignored,
-    scale_ptr,
-    BLOCK_R: tl.constexpr,
-):
-    """Compute what the mean multiplies the sum of losses by: one over how much the rows count.
-
-    That is their number, or the sum of the class weights of their targets, without ignored rows; 0
-    where nothing counts.
-    """
-    count = tl.zeros([BLOCK_R], tl.float64)
-    some = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, n_rows, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        y = tl.load(targets_ptr + row, mask=row < n_rows, other=ignored)
-        kept = (row < n_rows) & (y != ignored)
-        w = kept.to(tl.float64)
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + y, mask=kept, other=0.0).to(tl.float64)
-        count += w
-        some = tl.maximum(some, (w != 0.0).to(tl.int32))
-    total = tl.sum(count, axis=0)
-    counts = tl.max(some, axis=0) > 0
-    tl.store(scale_ptr, tl.where(counts, 1.0 / tl.where(counts, total, 1.0), 0.0))
-
-
-@triton.jit
-def reduce_rows_kernel(
-    loss_ptr,
-    z_loss_ptr,
-    scale_ptr,
-    n_rows,
-    loss_total_ptr,
-    z_loss_total_ptr,
-    BLOCK_R: tl.constexpr,
-):
-    """Add two numbers of each row in float64 and multiply the sums by what a mean divides by."""
-    loss = tl.zeros([BLOCK_R], tl.float64)
-    z_loss = tl.zeros([BLOCK_R], tl.float64)
-    for start in range(0, n_rows, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        loss += tl.load(loss_ptr + row, mask=row < n_rows, other=0.0).to(tl.float64)
-        z_loss += tl.load(z_loss_ptr + row, mask=row < n_rows, other=0.0).to(tl.float64)
-    scale = tl.full([], 1.0, tl.float64)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr)
-    wide: tl.constexpr = loss_total_ptr.dtype.element_ty
-    tl.store(loss_total_ptr, (tl.sum(loss, axis=0) * scale).to(wide))
-    tl.store(z_loss_total_ptr, (tl.sum(z_loss, axis=0) * scale).to(wide))

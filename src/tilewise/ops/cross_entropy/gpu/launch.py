@@ -13,20 +13,20 @@ from tilewise.shared.row_tiles import (
     empty,
     launch,
     merge_plan,
+    reduction_plan,
     row_sizes,
     whole_strides,
     wide_like,
 )
+from tilewise.shared.triton_losses import mean_factor_kernel, reduce_rows_kernel
 from tilewise.shared.triton_rows import sum_parts_kernel
 
 from .kernels import (
     cross_entropy_derivative_kernel,
     cross_entropy_fwd_kernel,
     cross_entropy_merge_kernel,
-    mean_factor_kernel,
-    reduce_rows_kernel,
 )
-from .plan import reduction, tiles
+from .plan import tiles
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -86,8 +86,8 @@ class Rows:
         if self.targets is None:
             return scale.fill_(1.0 / self.n_rows if self.n_rows else 0.0)
         given = {"targets_ptr": self.targets, "weight_ptr": self.weight, "scale_ptr": scale}
-        sizes = {"n_rows": self.n_rows, "ignored": self.options.ignore_index}
-        launch(mean_factor_kernel, reduction(), {**given, **sizes})
+        sizes = {"n_rows": self.n_rows, "classes": self.C, "ignored": self.options.ignore_index}
+        launch(mean_factor_kernel, reduction_plan(), {**given, **sizes, "ANY": True})
         return scale
 
     def reduced(self, loss: Tensor, z_loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Rows:
         totals = empty((), self.wide), empty((), self.wide)
         given = {"loss_ptr": loss, "z_loss_ptr": z_loss, "scale_ptr": self.scale()}
         given |= {"loss_total_ptr": totals[0], "z_loss_total_ptr": totals[1]}
-        launch(reduce_rows_kernel, reduction(), {**given, "n_rows": self.n_rows})
+        launch(reduce_rows_kernel, reduction_plan(), {**given, "n_rows": self.n_rows})
         return totals
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tilewise.shared.launch import Compilation, LaunchPlan
-from tilewise.shared.row_tiles import RowTiles, compilation, merge_plan, row_tiles
+from tilewise.shared.launch import Compilation
+from tilewise.shared.row_tiles import RowTiles, compilation, merge_plan, reduction_plan, row_tiles
 
 ENTRIES = {"forward": 8192, "vjp": 4096, "jvp": 4096, "vjp_jvp": 2048}
 """Entries of a tile at most, for what a kernel keeps of each in registers."""
@@ -25,13 +25,10 @@ def tiles(kind: str, C: int, I: int, itemsize: int) -> RowTiles:
     return row_tiles(C, I, entries=entries // 2 if itemsize == 8 else entries)
 
 
-def reduction() -> LaunchPlan:
-    """Return the launch that adds numbers of all rows: one program."""
-    return LaunchPlan((1,), {"BLOCK_R": 1024}, num_warps=8)
-
-
 def planned(arch: str) -> Iterator[Compilation]:
     """Return the configurations that are compiled without a GPU: the same for each architecture."""
+    from tilewise.shared import triton_losses
+
     from . import kernels
 
     rows = {f"{name}_ptr": "*fp32" for name in ("m", "log_l", "total")}
@@ -58,11 +55,12 @@ def planned(arch: str) -> Iterator[Compilation]:
     kernel = kernels.cross_entropy_merge_kernel
     yield compilation("cross_entropy_merge", kernel, merged, numbers, constants, 4)
     factor = {**indices, "scale_ptr": "*fp64"}
-    plan, numbers = reduction(), {"ignored": "i64"}
-    kernel = kernels.mean_factor_kernel
-    yield compilation("mean_factor", kernel, factor, numbers, plan.constants, plan.num_warps)
+    plan, numbers = reduction_plan(), {"ignored": "i64"}
+    kernel = triton_losses.mean_factor_kernel
+    constants = {**plan.constants, "ANY": True}
+    yield compilation("mean_factor", kernel, factor, numbers, constants, plan.num_warps)
     totals = {"loss_total_ptr": "*fp32", "z_loss_total_ptr": "*fp32", "scale_ptr": "*fp64"}
-    kernel = kernels.reduce_rows_kernel
+    kernel = triton_losses.reduce_rows_kernel
     pointers = {**losses, **totals}
     pointers = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
     yield compilation("reduce_rows", kernel, pointers, {}, plan.constants, plan.num_warps)

@@ -1,0 +1,1 @@
+"""The linear cross-entropy in Triton."""
