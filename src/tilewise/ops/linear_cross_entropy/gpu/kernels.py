@@ -20,21 +20,25 @@ def _products(
     acc,
     a_ptr,
     b_ptr,
-    rows,
+    row,
     n_rows,
-    cols,
+    col,
     n_cols,
     C,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Return `acc + a b^T` of rows of a, `(n_rows, C)`, and rows of b, `(n_cols, C)`."""
+    """Return `acc + a b^T` of the rows from `row` of a, `(n_rows, C)`, and from `col` of b."""
+    r, c = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
+    # Offsets inside a tile have 32 bits, which halves the registers that they take.
+    a_ptr += row * C
+    b_ptr += col * C
+    has_row, has_col = (row + r < n_rows)[:, None], (col + c < n_cols)[None, :]
     for start in range(0, C, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        at = rows[:, None] * C + k[None, :]  # [BLOCK_T, BLOCK_K]
-        a = tl.load(a_ptr + at, mask=(rows < n_rows)[:, None] & (k < C)[None, :], other=0.0)
-        at = cols[None, :] * C + k[:, None]  # [BLOCK_K, BLOCK_V]
-        b = tl.load(b_ptr + at, mask=(cols < n_cols)[None, :] & (k < C)[:, None], other=0.0)
+        inside = k < C
+        a = tl.load(a_ptr + r[:, None] * C + k[None, :], mask=has_row & inside[None, :], other=0.0)
+        b = tl.load(b_ptr + c[None, :] * C + k[:, None], mask=has_col & inside[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
@@ -123,7 +127,8 @@ def linear_cross_entropy_fwd_kernel(
     `sum exp(s - m) (s - m)`; `argmax_parts_ptr` is `(chunks, T)`.
     """
     wide: tl.constexpr = parts_ptr.dtype.element_ty
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T
+    token = row + tl.arange(0, BLOCK_T)
     chunk = tl.program_id(1).to(tl.int64)
     sharp, share, cap = number(sharp, wide), number(share, wide), number(cap, wide)
     y, w_y, kept = _token_targets(
@@ -139,10 +144,10 @@ def linear_cross_entropy_fwd_kernel(
     for step in range(TILES):
         start = (chunk * TILES + step) * BLOCK_V
         if start < V:
-            cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
+            cols = start + tl.arange(0, BLOCK_V)
             inside = (token < T)[:, None] & (cols < V)[None, :]  # [BLOCK_T, BLOCK_V]
             z = tl.zeros([BLOCK_T, BLOCK_V], wide)
-            z = _products(z, hidden_ptr, weight_ptr, token, T, cols, V, C, PRECISION, BLOCK_K)
+            z = _products(z, hidden_ptr, weight_ptr, row, T, start, V, C, PRECISION, BLOCK_K)
             z = _with_bias(z, bias_ptr, cols, V, wide)
             s, _, _ = capped(z, inside, cap, CAPPED)
             t = _target_weights(
@@ -284,8 +289,10 @@ def _logit_tangents(
     thidden_ptr,
     tweight_ptr,
     tbias_ptr,
-    token,
+    tz,
+    row,
     T,
+    start,
     cols,
     V,
     C,
@@ -293,12 +300,11 @@ def _logit_tangents(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Return `thidden weight^T + hidden tweight^T + tbias`, `[BLOCK_T, BLOCK_V]`."""
-    tz = tl.zeros([token.shape[0], cols.shape[0]], wide)
+    """Return `tz + thidden weight^T + hidden tweight^T + tbias`, `[BLOCK_T, BLOCK_V]`."""
     if thidden_ptr is not None:
-        tz = _products(tz, thidden_ptr, weight_ptr, token, T, cols, V, C, PRECISION, BLOCK_K)
+        tz = _products(tz, thidden_ptr, weight_ptr, row, T, start, V, C, PRECISION, BLOCK_K)
     if tweight_ptr is not None:
-        tz = _products(tz, hidden_ptr, tweight_ptr, token, T, cols, V, C, PRECISION, BLOCK_K)
+        tz = _products(tz, hidden_ptr, tweight_ptr, row, T, start, V, C, PRECISION, BLOCK_K)
     return _with_bias(tz, tbias_ptr, cols, V, wide)
 
 
@@ -333,7 +339,8 @@ def linear_cross_entropy_jvp_kernel(
 ):
     """Sum `p ts`, `t ts` and `p (log p + entropy) ts` over TILES tiles: `(3, chunks, T)`."""
     wide: tl.constexpr = m_ptr.dtype.element_ty
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T
+    token = row + tl.arange(0, BLOCK_T)
     chunk = tl.program_id(1).to(tl.int64)
     sharp, share, cap = number(sharp, wide), number(share, wide), number(cap, wide)
     y, w_y, kept = _token_targets(
@@ -347,13 +354,14 @@ def linear_cross_entropy_jvp_kernel(
     for step in range(TILES):
         start = (chunk * TILES + step) * BLOCK_V
         if start < V:
-            cols = start + tl.arange(0, BLOCK_V).to(tl.int64)
+            cols = start + tl.arange(0, BLOCK_V)
             inside = (token < T)[:, None] & (cols < V)[None, :]  # [BLOCK_T, BLOCK_V]
             z = tl.zeros([BLOCK_T, BLOCK_V], wide)
-            z = _products(z, hidden_ptr, weight_ptr, token, T, cols, V, C, PRECISION, BLOCK_K)
+            z = _products(z, hidden_ptr, weight_ptr, row, T, start, V, C, PRECISION, BLOCK_K)
             s, slope, _ = capped(_with_bias(z, bias_ptr, cols, V, wide), inside, cap, CAPPED)
+            tz = tl.zeros([BLOCK_T, BLOCK_V], wide)
             tz = _logit_tangents(
-                hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, token, T, cols, V, C,
+                hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, tz, row, T, start, cols, V, C,
                 wide, PRECISION, BLOCK_K,
             )  # fmt: skip
             ts = slope * tz
@@ -507,10 +515,12 @@ def linear_cross_entropy_cotangents_kernel(
     0 where one cotangent of the loss stands for all tokens.
     """
     wide: tl.constexpr = m_ptr.dtype.element_ty
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T
+    token = row + tl.arange(0, BLOCK_T)
     has = token < T
     in_strip = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    cols = strip_start + in_strip
+    start = strip_start + tl.program_id(1).to(tl.int64) * BLOCK_V
+    cols = start + tl.arange(0, BLOCK_V)
     inside = has[:, None] & (cols < V)[None, :]  # [BLOCK_T, BLOCK_V]
     sharp, share = number(sharp, wide), number(share, wide)
     zeta, cap = number(zeta, wide), number(cap, wide)
@@ -533,7 +543,7 @@ def linear_cross_entropy_cotangents_kernel(
     )  # fmt: skip
 
     z = tl.zeros([BLOCK_T, BLOCK_V], wide)
-    z = _products(z, hidden_ptr, weight_ptr, token, T, cols, V, C, PRECISION, BLOCK_K)
+    z = _products(z, hidden_ptr, weight_ptr, row, T, start, V, C, PRECISION, BLOCK_K)
     s, slope, bend = capped(_with_bias(z, bias_ptr, cols, V, wide), inside, cap, CAPPED)
     p, surprise = _probabilities(s, m, log_l, entropy_ptr, token, T, wide)
     t = _target_weights(y, w_y, kept, cols, inside, class_weight_ptr, V, sharp, share, wide)
@@ -546,8 +556,9 @@ def linear_cross_entropy_cotangents_kernel(
         tg_lse = _of_tokens(tg_lse_ptr, token, 1, has, one, wide)
         tg_entropy = _of_tokens(tg_entropy_ptr, token, 1, has, one, wide)
         live = live | (tg != 0.0) | (tg_lse != 0.0) | (tg_entropy != 0.0)
+        tz = tl.zeros([BLOCK_T, BLOCK_V], wide)
         tz = _logit_tangents(
-            hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, token, T, cols, V, C,
+            hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, tz, row, T, start, cols, V, C,
             wide, PRECISION, BLOCK_K,
         )  # fmt: skip
         ts = slope * tz
@@ -569,15 +580,9 @@ def linear_cross_entropy_cotangents_kernel(
 
 
 @triton.jit
-def _tile_of_a(ptr, rows, n_rows, k, n_inner, a_row, a_inner):
-    at = rows[:, None] * a_row + k[None, :] * a_inner  # [BLOCK_M, BLOCK_K]
-    return tl.load(ptr + at, mask=(rows < n_rows)[:, None] & (k < n_inner)[None, :], other=0.0)
-
-
-@triton.jit
-def _tile_of_b(ptr, k, there, cols, n_cols):
-    at = k[:, None] * n_cols + cols[None, :]  # [BLOCK_K, BLOCK_N]
-    return tl.load(ptr + at, mask=there[:, None] & (cols < n_cols)[None, :], other=0.0)
+def _tile(ptr, r, c, row_stride, col_stride, inside):
+    """Return a tile; offsets inside it have 32 bits."""
+    return tl.load(ptr + r[:, None] * row_stride + c[None, :] * col_stride, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -607,29 +612,34 @@ def linear_cross_entropy_gradient_kernel(
     not depend on how K is cut into strips, in multiples of BLOCK_K.
     """
     wide: tl.constexpr = tl.float64 if after_ptr.dtype.element_ty == tl.float64 else tl.float32
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (m < M)[:, None] & (n < N)[None, :]  # [BLOCK_M, BLOCK_N]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    col = tl.program_id(1).to(tl.int64) * BLOCK_N
+    r, c, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    has_row, has_col = row + r < M, col + c < N
+    inside = has_row[:, None] & has_col[None, :]  # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], wide)
     if before_ptr is not None:
-        acc = tl.load(before_ptr + m[:, None] * N + n[None, :], mask=inside, other=0.0)
+        acc = _tile(before_ptr + row * N + col, r, c, N, 1, inside)
     total = tl.zeros([BLOCK_M], wide)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        there = k < K
+    for begin in range(0, K, BLOCK_K):
+        start = tl.cast(begin, tl.int64)
+        in_a = has_row[:, None] & (start + k < K)[None, :]  # [BLOCK_M, BLOCK_K]
+        there = start + k < K
         if live_ptr is not None:
-            there = there & (tl.load(live_ptr + k, mask=there, other=0) != 0)
-        a = _tile_of_a(a_ptr, m, M, k, K, a_row, a_inner)
-        b = _tile_of_b(b_ptr, k, there, n, N)
+            there = there & (tl.load(live_ptr + start + k, mask=there, other=0) != 0)
+        in_b = there[:, None] & has_col[None, :]  # [BLOCK_K, BLOCK_N]
+        at_a, at_b = row * a_row + start * a_inner, start * N + col
+        a = _tile(a_ptr + at_a, r, k, a_row, a_inner, in_a)
+        b = _tile(b_ptr + at_b, k, c, N, 1, in_b)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         if a2_ptr is not None:
-            a2 = _tile_of_a(a2_ptr, m, M, k, K, a_row, a_inner)
-            b2 = _tile_of_b(b2_ptr, k, there, n, N)
+            a2 = _tile(a2_ptr + at_a, r, k, a_row, a_inner, in_a)
+            b2 = _tile(b2_ptr + at_b, k, c, N, 1, in_b)
             acc = tl.dot(a2, b2.to(a2.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         if rows_ptr is not None:
             total += tl.sum(a.to(wide), axis=1)
-    at = m[:, None] * N + n[None, :]
+    at = (row * N + col) + r[:, None] * N + c[None, :]
     tl.store(after_ptr + at, acc.to(after_ptr.dtype.element_ty), mask=inside)
     if rows_ptr is not None:
         first = tl.program_id(1) == 0
-        tl.store(rows_ptr + m, total.to(rows_ptr.dtype.element_ty), mask=(m < M) & first)
+        tl.store(rows_ptr + row + r, total.to(rows_ptr.dtype.element_ty), mask=has_row & first)

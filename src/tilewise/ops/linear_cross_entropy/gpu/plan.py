@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from tilewise.shared.launch import LaunchPlan
+from tilewise.shared.launch import Compilation, LaunchPlan
+from tilewise.shared.row_tiles import compilation, merge_plan
 
 STRIP_ENTRIES = 1 << 24
 """Cotangents of logits that are stored at a time: tokens times classes of a strip."""
+
+WIDEST_STRIP = 1 << 20
+"""Classes of a strip at most; offsets inside a tile of its cotangents have 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +45,17 @@ class Tiles:
 
 
 _NARROW = {
-    "forward": Tiles(128, 128, 64, 8, 3, steps=8),
-    "jvp": Tiles(64, 128, 64, 8, 3, steps=8),
-    "vjp": Tiles(128, 128, 64, 8, 3),
-    "vjp_jvp": Tiles(64, 128, 64, 8, 3),
+    "forward": Tiles(64, 64, 64, 8, 3, steps=16),
+    "jvp": Tiles(64, 64, 64, 8, 3, steps=16),
+    "vjp": Tiles(64, 128, 64, 8, 3),
+    "vjp_jvp": Tiles(64, 64, 64, 8, 3),
     "gradient": Tiles(128, 128, 64, 8, 3),
 }
 _WIDE = {
-    "forward": Tiles(64, 64, 32, 8, 2, steps=16),
-    "jvp": Tiles(64, 64, 32, 8, 2, steps=16),
+    "forward": Tiles(64, 32, 32, 8, 2, steps=32),
+    "jvp": Tiles(64, 32, 32, 8, 2, steps=32),
     "vjp": Tiles(64, 64, 32, 8, 2),
-    "vjp_jvp": Tiles(64, 64, 32, 8, 2),
+    "vjp_jvp": Tiles(64, 32, 32, 8, 2),
     "gradient": Tiles(64, 64, 32, 8, 2),
 }
 
@@ -74,7 +80,7 @@ def strip(T: int, V: int, cols: int, inner: int) -> int:
         inner: Classes of a product at a time, of which strips are multiples.
     """
     step = max(cols, inner)
-    most = STRIP_ENTRIES // max(T, 1) // step * step
+    most = min(STRIP_ENTRIES // max(T, 1), WIDEST_STRIP) // step * step
     return min(max(most, step), -(-V // step) * step)
 
 
@@ -84,3 +90,75 @@ def precision(name: str) -> str:
     The cotangents of float16 stay float32, for float16 lacks their range: with the digits of TF32.
     """
     return "tf32" if name == "float16" else "ieee"
+
+
+def planned(arch: str) -> Iterator[Compilation]:
+    """Return the configurations that are compiled without a GPU: the same for each architecture."""
+    from . import kernels
+
+    stem = "linear_cross_entropy_"
+    found = {kind: getattr(kernels, f"{stem}{kind}_kernel") for kind in _KERNELS}
+    for name, short, itemsize in (("bfloat16", "bf16", 2), ("float32", "fp32", 4)):
+        wide = "fp32"
+        tensors = {"hidden": short, "weight": short, "bias": short, "class_weight": wide}
+        tensors |= {"targets": "i64", "parts": wide, "argmax_parts": "i64", "m": wide}
+        tensors |= {"log_l": wide, "entropy": wide, "sums": wide, "scale": "fp64", "live": "i8"}
+        tensors |= dict.fromkeys(("g", "g_lse", "g_entropy", "tg", "tg_lse", "tg_entropy"), wide)
+        moved = {"thidden": short, "tweight": short, "tbias": short}
+        options = {"ENTROPY": True, "CAPPED": True, "SQUARED": True, "PRECISION": "ieee"}
+        jobs = [
+            ("fwd", "forward", tensors, {}),
+            ("jvp", "jvp", tensors | moved, {}),
+            ("cotangents", "vjp", tensors | {"dz": short}, {"SECOND": False}),
+            ("cotangents", "vjp_jvp", tensors | moved | {"dz": short, "tdz": short}, {"SECOND": True}),
+        ]
+        for kernel, kind, given, more in jobs:
+            cut = tiles(kind, itemsize)
+            constants = {**options, **more, "TILES": cut.steps}
+            yield _compilation(f"{stem}{kind} {name}", found[kernel], given, cut, "TVK", constants)
+        cut, precise = tiles("gradient", itemsize), {"PRECISION": precision(name)}
+        products = {"a": short, "b": short, "before": wide}
+        for side, more, dense in (
+            ("hidden", {"after": short}, "a_inner"),
+            ("hidden first of strips", {"after": wide}, "a_inner"),
+            ("weight", {"after": short, "live": "i8", "rows": short}, "a_row"),
+            ("tangent of hidden", {"after": short, "a2": short, "b2": short}, "a_inner"),
+        ):
+            title = f"{stem}gradient of {side} {name}"
+            constants = {**precise, dense: 1}
+            given = products | more
+            yield _compilation(title, found["gradient"], given, cut, "MNK", constants)
+    merged = {name: "fp32" for name in ("loss", "z_loss", "lse", "m", "log_l", "entropy", "parts")}
+    merged |= dict.fromkeys(("targets", "argmax", "argmax_parts"), "i64")
+    constants = {**merge_plan(1, 1).constants, "SQUARED": True}
+    yield _single(f"{stem}merge", found["merge"], merged, constants)
+    rows = ("sums", "class_weight", "m", "log_l", "tloss", "tlse", "tentropy")
+    moved = {**dict.fromkeys(rows, "fp32"), "targets": "i64"}
+    constants = {"BLOCK_R": 128, "SQUARED": True}
+    yield _single(f"{stem}tangents", found["tangents"], moved, constants)
+
+
+_KERNELS = ("fwd", "jvp", "cotangents", "gradient", "merge", "tangents")
+_NUMBERS = {**dict.fromkeys(("sharp", "share", "zeta", "cap"), "fp64"), "ignored": "i64"}
+
+
+def _compilation(
+    name: str, kernel: Any, tensors: dict[str, str], cut: Tiles, blocks: str, more: dict[str, Any]
+) -> Compilation:
+    """Return a configuration of a kernel of tiles; it takes those of the tensors that it knows."""
+    plan = cut.launch(1, 1, blocks)
+    known = {**plan.constants, **more}
+    fixed = {key: value for key, value in known.items() if key in kernel.arg_names}
+    found = _single(name, kernel, tensors, fixed, cut.num_warps)
+    return replace(found, num_stages=cut.num_stages)
+
+
+def _single(
+    name: str, kernel: Any, tensors: dict[str, str], constants: dict[str, Any], warps: int = 4
+) -> Compilation:
+    pointers = {f"{tensor}_ptr": f"*{kind}" for tensor, kind in tensors.items()}
+    pointers = {key: kind for key, kind in pointers.items() if key in kernel.arg_names}
+    numbers = {key: kind for key, kind in _NUMBERS.items() if key in kernel.arg_names}
+    found = compilation(name, kernel, pointers, numbers, constants, warps)
+    aligned = {"T", "C", "V", "M", "N", "K", "a_row", "a_inner", "strip", "strip_start"} & found.signature.keys()
+    return replace(found, divisible=found.divisible | aligned)
