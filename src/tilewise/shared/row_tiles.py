@@ -88,14 +88,6 @@ def reduction_plan() -> LaunchPlan:
     return LaunchPlan((1,), {"BLOCK_R": 1024}, num_warps=8)
 
 
-def launch(kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
-    """Launch a kernel, unless there is nothing to do."""
-    if 0 not in plan.grid:
-        kernel[plan.grid](
-            **arguments, **plan.constants, num_warps=plan.num_warps, num_stages=plan.num_stages
-        )
-
-
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return memory for a result of the dtype and device of a tensor."""
     return like.new_empty(shape)

@@ -200,6 +200,7 @@ def _flat(name: str, kind: Kind) -> FlatOperator:
         vjp_jvp=functions.vjp_jvp,
         output_tangents=False,
         jvp_jvp=functions.jvp_jvp,
+        read_inputs=("sink",),
     )
 
 

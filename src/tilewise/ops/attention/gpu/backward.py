@@ -446,8 +446,18 @@ def attention_dkv_kernel(
                             if DROPOUT:
                                 keep = tl.trans(
                                     kept(
-                                        start_i, start_j, Nk - N, h, first_entry + b,
-                                        seed_low, seed_high, threshold, factor, BM, BN, dtype,
+                                        start_i,
+                                        start_j,
+                                        Nk - N,
+                                        h,
+                                        first_entry + b,
+                                        seed_low,
+                                        seed_high,
+                                        threshold,
+                                        factor,
+                                        BM,
+                                        BN,
+                                        dtype,
                                     )  # fmt: skip
                                 )
                             i = i[None, :]

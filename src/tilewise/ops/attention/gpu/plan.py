@@ -46,7 +46,9 @@ def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, 
     if dtype in ("float32", "float64"):
         return (64, 32, 4, 1) if width <= 64 else (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
     if kind == "fwd":
-        return (128, 64, 4, 2) if width <= 64 else (128, 64, 8, 2) if width <= 128 else (64, 32, 8, 1)
+        return (
+            (128, 64, 4, 2) if width <= 64 else (128, 64, 8, 2) if width <= 128 else (64, 32, 8, 1)
+        )
     return (64, 64, 4, 1) if width <= 64 else (64, 32, 4, 1) if width <= 128 else (32, 16, 4, 1)
 
 

@@ -244,7 +244,9 @@ def kept(
     group = start_j // 4 + tl.arange(0, BN // 4)
     position = start_i + offset + tl.arange(0, BM)
     words = philox_tile(group[None, :], position[:, None], head, entry, seed_low, seed_high)
-    return tl.where(words < tl.cast(threshold, tl.uint32), number(0.0, dtype), number(factor, dtype))
+    return tl.where(
+        words < tl.cast(threshold, tl.uint32), number(0.0, dtype), number(factor, dtype)
+    )
 
 
 @triton.jit

@@ -1,23 +1,40 @@
-"""The cross-entropy on a GPU: allocates results and launches the kernels of a validated call."""
+"""Launches the kernels of the cross-entropy on the tensors of a validated call.
+
+The arrays of such a call are tensors of a framework here: with `shape`, `stride()`, `dtype`,
+`new_empty`, `to`, `float`, `double` and `contiguous`, as those of PyTorch. Losses are reduced on
+the device, and cotangents are those of reduced losses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tilewise.base.operator import Implementation
+from tilewise.ops.cross_entropy.spec import (
+    ALL_NEEDED,
+    Cotangents,
+    EntropyCall,
+    EntropyGrads,
+    EntropyOutputs,
+    EntropyStats,
+    EntropyTangents,
+    Needed,
+    SecondCall,
+    Tangents,
+)
 from tilewise.shared.row_tiles import (
     RowTiles,
     Tensor,
     dense,
     empty,
-    launch,
     merge_plan,
     reduction_plan,
     row_sizes,
     whole_strides,
     wide_like,
 )
+from tilewise.shared.triton_launch import launch
 from tilewise.shared.triton_losses import mean_factor_kernel, reduce_rows_kernel
 from tilewise.shared.triton_rows import sum_parts_kernel
 
@@ -28,10 +45,68 @@ from .kernels import (
 )
 from .plan import tiles
 
-Tensors = tuple[Tensor | None, ...]
+
+_NO_COTANGENTS = Cotangents()
+_NO_TANGENTS = Tangents()
 
 
-class Rows:
+def forward(call: EntropyCall, want: None = None) -> EntropyOutputs:
+    """Compute the reduced loss and z-loss, and lse and statistics of each row."""
+    at = _Rows(call)
+    cut = at.tiles("forward")
+    names = ("loss", "lse", "z_loss", "m", "log_l", "total")
+    rows = {f"{name}_ptr": at.rows() for name in names}
+    parts = None if cut.parts == 1 else at.rows(4, cut.parts)
+    phase = "whole" if parts is None else "sums"
+    given = {**at.arguments(cut), **rows, "parts_ptr": parts, "PHASE": phase}
+    launch(cross_entropy_fwd_kernel, cut.launch(at.A, at.I), given)
+    if parts is not None:
+        shared = ("targets_ptr", "ignored", "zeta", "SQUARED")
+        merged = {name: given[name] for name in shared} | {"parts_ptr": parts, **rows}
+        plan = merge_plan(at.n_rows, 1)
+        plan = replace(plan, grid=plan.grid[:1])
+        sizes = {"n_rows": at.n_rows, "n_parts": cut.parts}
+        launch(cross_entropy_merge_kernel, plan, {**merged, **sizes})
+    loss, lse, z_loss, *stats = rows.values()
+    loss, z_loss = at.reduced(loss, z_loss)
+    return EntropyOutputs(loss, lse, z_loss, EntropyStats(*stats))
+
+
+def vjp(
+    call: EntropyCall,
+    cotangents: Cotangents,
+    stats: EntropyStats,
+    needed: Needed = ALL_NEEDED,
+    out: Tensor | None = None,
+) -> EntropyGrads:
+    """Compute the gradients that are needed; `out` takes that of the logits, and may be these."""
+    at = _Rows(call)
+    given = {**_cotangents("g", cotangents), **_cotangents("tg", _NO_COTANGENTS)}
+    return _gradients(at, "vjp", stats, _NO_TANGENTS, given, needed, out)
+
+
+def jvp(call: EntropyCall, tangents: Tangents, stats: EntropyStats) -> EntropyTangents:
+    """Compute the tangents of the reduced loss and z-loss, and of lse."""
+    at = _Rows(call)
+    cut = at.tiles("jvp")
+    rows = {f"{name}_ptr": at.rows() for name in ("tloss", "tlse", "tz_loss")}
+    given = _derivative(at, cut, "jvp", stats, tangents) | rows
+    _run(at, cut, given, summed=True)
+    tloss, tlse, tz_loss = rows.values()
+    tloss, tz_loss = at.reduced(tloss, tz_loss)
+    return EntropyTangents(tloss, tlse, tz_loss)
+
+
+def vjp_jvp(
+    call: EntropyCall, second: SecondCall, stats: EntropyStats, needed: Needed = ALL_NEEDED
+) -> EntropyGrads:
+    """Compute the tangents of the gradients that are needed."""
+    at = _Rows(call)
+    given = {**_cotangents("g", second.cotangents), **_cotangents("tg", second.moved)}
+    return _gradients(at, "vjp_jvp", stats, second.tangents, given, needed, None)
+
+
+class _Rows:
     """The rows of one call on the device.
 
     Attributes:
@@ -40,15 +115,15 @@ class Rows:
         n_rows: How many rows there are.
     """
 
-    def __init__(self, options: Any, inputs: Sequence[Tensor | None]) -> None:
-        x, q, targets, weight = (*inputs, None, None, None)[:4]
-        assert x is not None
-        self.x, self.q, self.options = x, q, options
-        self.A, self.C, self.I = x.shape
+    def __init__(self, call: EntropyCall) -> None:
+        self.x, self.q, self.options = call.logits, call.probabilities, call.options
+        self.A, self.C, self.I = self.x.shape
         self.n_rows = int(self.A * self.I)
-        self.wide = wide_like(x)
-        self.targets = None if targets is None else targets.long().contiguous()
-        self.weight = None if weight is None else weight.to(self.wide.dtype).contiguous()
+        self.wide = wide_like(self.x)
+        (self.targets,) = dense(call.targets)
+        self.weight = None
+        if call.weight is not None:
+            self.weight = call.weight.to(self.wide.dtype).contiguous()
 
     def tiles(self, kind: str) -> RowTiles:
         """Return the tiles for one of the functions."""
@@ -101,106 +176,42 @@ class Rows:
         return totals
 
 
-def forward(options: Any, inputs: Sequence[Tensor | None]) -> Tensors:
-    """Return loss, lse and z_loss, then m, log_l and total.
-
-    Args:
-        options: The options of the call.
-        inputs: Logits, class probabilities, class indices, class weights.
-    """
-    at = Rows(options, inputs)
-    cut = at.tiles("forward")
-    rows = {"loss_ptr": at.rows(), "lse_ptr": at.rows(), "z_loss_ptr": at.rows()}
-    rows |= {"m_ptr": at.rows(), "log_l_ptr": at.rows(), "total_ptr": at.rows()}
-    parts = None if cut.parts == 1 else at.rows(4, cut.parts)
-    phase = "whole" if parts is None else "sums"
-    given = {**at.arguments(cut), **rows, "parts_ptr": parts, "PHASE": phase}
-    launch(cross_entropy_fwd_kernel, cut.launch(at.A, at.I), given)
-    if parts is not None:
-        names = ("targets_ptr", "ignored", "zeta", "SQUARED")
-        merged = {name: given[name] for name in names} | {"parts_ptr": parts, **rows}
-        plan = merge_plan(at.n_rows, 1)
-        plan = replace(plan, grid=plan.grid[:1])
-        sizes = {"n_rows": at.n_rows, "n_parts": cut.parts}
-        launch(cross_entropy_merge_kernel, plan, {**merged, **sizes})
-    loss, z_loss = at.reduced(rows["loss_ptr"], rows["z_loss_ptr"])
-    return loss, rows["lse_ptr"], z_loss, rows["m_ptr"], rows["log_l_ptr"], rows["total_ptr"]
-
-
-def gradients(
-    options: Any,
-    function: str,
-    inputs: Sequence[Tensor | None],
-    stats: Sequence[Tensor],
-    *,
-    needed: Sequence[bool],
-    cotangents: Sequence[Tensor | None],
-    tangents: Sequence[Tensor | None] = (None, None),
-    moved: Sequence[Tensor | None] = (None, None, None),
-    out: Tensor | None = None,
-) -> Tensors:
-    """Run "vjp" or "vjp_jvp": return the gradients by logits and class probabilities.
-
-    Args:
-        options: The options of the call.
-        function: Which derivative.
-        inputs: Logits, class probabilities, class indices, class weights.
-        stats: m, log_l and total.
-        needed: Which of the two are needed.
-        cotangents: Of loss, lse and z_loss; of reduced ones where they are.
-        tangents: Of logits and class probabilities.
-        moved: Tangents of the cotangents.
-        out: Where the gradient by the logits is written; may be these.
-    """
-    at = Rows(options, inputs)
-    cut = at.tiles(function)
+def _gradients(
+    at: _Rows,
+    kind: str,
+    stats: EntropyStats,
+    tangents: Tangents,
+    cotangents: dict[str, Tensor | None],
+    needed: Needed,
+    out: Tensor | None,
+) -> EntropyGrads:
+    """Run "vjp" or "vjp_jvp"."""
+    cut = at.tiles(kind)
     dx = dq = None
-    if needed[0]:
+    if needed.logits:
         dx = empty(tuple(at.x.shape), at.x) if out is None else out
-    if needed[1] and at.q is not None:
+    if needed.targets and at.q is not None:
         dq = empty(tuple(at.q.shape), at.q)
     given = {
-        **_derivative(at, cut, function, stats, tangents),
-        **_cotangents("g", cotangents),
-        **_cotangents("tg", moved),
+        **_derivative(at, cut, kind, stats, tangents),
+        **cotangents,
         "scale_ptr": at.scale(),
-        "loss_step": int(options.reduction == "none"),
+        "loss_step": int(at.options.reduction == "none"),
         "dx_ptr": dx,
         "dq_ptr": dq,
         **whole_strides("dx", dx, inner=cut.inner),
         **whole_strides("dq", dq, inner=cut.inner),
     }
-    _run(at, cut, given, summed=function == "vjp_jvp")
-    return dx, dq
-
-
-def jvp(
-    options: Any,
-    inputs: Sequence[Tensor | None],
-    stats: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
-) -> Tensors:
-    """Return the tangents of loss, lse and z_loss."""
-    at = Rows(options, inputs)
-    cut = at.tiles("jvp")
-    tloss, tlse, tz_loss = at.rows(), at.rows(), at.rows()
-    given = {
-        **_derivative(at, cut, "jvp", stats, tangents),
-        "tloss_ptr": tloss,
-        "tlse_ptr": tlse,
-        "tz_loss_ptr": tz_loss,
-    }
-    _run(at, cut, given, summed=True)
-    tloss, tz_loss = at.reduced(tloss, tz_loss)
-    return tloss, tlse, tz_loss
+    _run(at, cut, given, summed=kind == "vjp_jvp")
+    return EntropyGrads(dx, dq)
 
 
 def _derivative(
-    at: Rows,
+    at: _Rows,
     cut: RowTiles,
     kind: str,
-    stats: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
+    stats: EntropyStats,
+    tangents: Tangents,
 ) -> dict[str, Any]:
     """Return what all derivatives take, with None for what only some do."""
     m, log_l, total = dense(*stats)
@@ -217,15 +228,15 @@ def _derivative(
         **whole_strides("tq", tq, inner=cut.inner),
         **whole_strides("dx", None, inner=cut.inner),
         **whole_strides("dq", None, inner=cut.inner),
-        **_cotangents("g", (None, None, None)),
-        **_cotangents("tg", (None, None, None)),
+        **_cotangents("g", _NO_COTANGENTS),
+        **_cotangents("tg", _NO_COTANGENTS),
         **dict.fromkeys(absent),
         "loss_step": 0,
         "KIND": kind,
     }
 
 
-def _run(at: Rows, cut: RowTiles, given: dict[str, Any], *, summed: bool) -> None:
+def _run(at: _Rows, cut: RowTiles, given: dict[str, Any], *, summed: bool) -> None:
     """Launch a derivative, which reads sums of whole rows where `summed`."""
     plan = cut.launch(at.A, at.I)
     nothing = {"parts_ptr": None, "sums_ptr": None}
@@ -244,6 +255,9 @@ def _run(at: Rows, cut: RowTiles, given: dict[str, Any], *, summed: bool) -> Non
     launch(cross_entropy_derivative_kernel, plan, second)
 
 
-def _cotangents(prefix: str, given: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+def _cotangents(prefix: str, given: Cotangents) -> dict[str, Tensor | None]:
     loss, lse, z_loss = dense(*given)
     return {f"{prefix}_ptr": loss, f"{prefix}_lse_ptr": lse, f"{prefix}_z_ptr": z_loss}
+
+
+IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, reduces=True)

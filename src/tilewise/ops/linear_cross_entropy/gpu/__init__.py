@@ -1,1 +1,5 @@
-"""The linear cross-entropy in Triton."""
+"""The linear cross-entropy in Triton, for tensors of a GPU."""
+
+from .launch import IMPLEMENTATION
+
+__all__ = ["IMPLEMENTATION"]

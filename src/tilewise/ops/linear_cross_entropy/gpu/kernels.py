@@ -150,9 +150,7 @@ def linear_cross_entropy_fwd_kernel(
             z = _products(z, hidden_ptr, weight_ptr, row, T, start, V, C, PRECISION, BLOCK_K)
             z = _with_bias(z, bias_ptr, cols, V, wide)
             s, _, _ = capped(z, inside, cap, CAPPED)
-            t = _target_weights(
-                y, w_y, kept, cols, inside, class_weight_ptr, V, sharp, share, wide
-            )
+            t = _target_weights(y, w_y, kept, cols, inside, class_weight_ptr, V, sharp, share, wide)
             own = max_or_nan(s, 1)
             if argmax_parts_ptr is not None:
                 at = tl.min(tl.where(s == own[:, None], cols[None, :], V), axis=1)
@@ -366,9 +364,7 @@ def linear_cross_entropy_jvp_kernel(
             )  # fmt: skip
             ts = slope * tz
             p, surprise = _probabilities(s, m, log_l, entropy_ptr, token, T, wide)
-            t = _target_weights(
-                y, w_y, kept, cols, inside, class_weight_ptr, V, sharp, share, wide
-            )
+            t = _target_weights(y, w_y, kept, cols, inside, class_weight_ptr, V, sharp, share, wide)
             mu += tl.sum(tl.where(p == 0.0, 0.0, p * ts), axis=1)
             of_target += tl.sum(tl.where(t == 0.0, 0.0, t * ts), axis=1)
             surprised += tl.sum(tl.where(surprise == 0.0, 0.0, surprise * ts), axis=1)

@@ -1,21 +1,40 @@
-"""The linear cross-entropy on a GPU: allocates results and launches the kernels of a call."""
+"""Launches the kernels of the linear cross-entropy on the tensors of a validated call.
+
+The arrays of such a call are tensors of a framework here: with `shape`, `dtype`, `new_empty`, `to`,
+`float`, `double`, `char`, `sum` and `contiguous`, as those of PyTorch. Losses are reduced on the
+device, and cotangents are those of reduced losses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from tilewise.base.operator import Implementation
+from tilewise.ops.linear_cross_entropy.spec import (
+    ALL_NEEDED,
+    CotangentCall,
+    LossCall,
+    LossGrads,
+    LossOutputs,
+    LossStats,
+    Needed,
+    RowTangents,
+    SecondCall,
+    TangentCall,
+    Want,
+)
 from tilewise.shared.launch import LaunchPlan
 from tilewise.shared.row_tiles import (
     Tensor,
     dense,
     empty,
-    launch,
     merge_plan,
     reduction_plan,
     wide_like,
 )
+from tilewise.shared.triton_launch import architecture, launch
 from tilewise.shared.triton_losses import mean_factor_kernel, reduce_rows_kernel
 from tilewise.shared.triton_rows import sum_parts_kernel
 
@@ -27,49 +46,116 @@ from .kernels import (
     linear_cross_entropy_merge_kernel,
     linear_cross_entropy_tangents_kernel,
 )
-from .plan import precision, strip, tiles
-
-Tensors = tuple[Tensor | None, ...]
+from .plan import Tiles, precision, strip, tiles
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """What a forward pass returns, token by token but for a reduced loss and z-loss."""
+def forward(call: LossCall, want: Want) -> LossOutputs:
+    """Compute the reduced loss, the row statistics and the other results that are wanted."""
+    at = _Tokens(call)
+    plan = at.plan("forward")
+    n_parts = plan.grid[1]
+    parts = at.rows(5 if want.entropy else 4, n_parts)
+    loss, z_loss, lse, m, log_l = (at.rows() for _ in range(5))
+    indices = at.targets.new_empty((n_parts, at.T)) if want.argmax else None
+    best = at.targets.new_empty(at.T) if want.argmax else None
+    of_parts = {"parts_ptr": parts, "argmax_parts_ptr": indices}
+    steps = {"TILES": at.tiles("forward").steps, "ENTROPY": want.entropy}
+    launch(linear_cross_entropy_fwd_kernel, plan, {**at.logits(), **of_parts, **steps})
+    entropy = at.rows() if want.entropy else None
+    picked, mass = (at.rows() if want.picked else None for _ in range(2))
+    found = {"loss": loss, "z_loss": z_loss, "lse": lse, "m": m, "log_l": log_l}
+    found |= {"entropy": entropy, "argmax": best, "picked": picked, "mass": mass}
+    merged = merge_plan(at.T, 1)
+    given = {"targets_ptr": at.targets, **at.given("T", "ignored", "zeta", "SQUARED")}
+    given |= {f"{name}_ptr": tensor for name, tensor in found.items()}
+    launch(
+        linear_cross_entropy_merge_kernel,
+        replace(merged, grid=merged.grid[:1]),
+        {**of_parts, "n_parts": n_parts, **given},
+    )
+    stats, grads = LossStats(m, log_l), LossGrads()
+    if want.gradients is not None:
+        one = at.wide.new_empty(()).fill_(1.0)
+        whole = one.expand(at.T) if call.reduction == "none" else one
+        grads = vjp(call, CotangentCall(whole, None, None, stats), want.gradients)
+    loss, _ = at.reduced(loss, z_loss)
+    return LossOutputs(loss, stats, entropy, best, picked, mass, grads, lse)
 
-    loss: Tensor
-    z_loss: Tensor
-    lse: Tensor
-    m: Tensor
-    log_l: Tensor
-    entropy: Tensor | None
-    argmax: Tensor | None
-    picked: Tensor | None
-    mass: Tensor | None
+
+def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) -> LossGrads:
+    """Compute the gradients that are needed."""
+    at = _Tokens(call)
+    given = {
+        **_derivative(at, cotangents),
+        **_tangents(None),
+        **_cotangents("tg", None, None, None),
+        "sums_ptr": None,
+        "SECOND": False,
+    }
+    return _Strips(at, needed, None, given).run()
 
 
-class Tokens:
+def jvp(call: LossCall, tangents: TangentCall) -> RowTangents:
+    """Compute the tangents of the reduced loss, of lse and, where it is given, of the entropy."""
+    at = _Tokens(call)
+    saved = _saved(tangents.stats, tangents.entropy)
+    tloss, tlse = at.rows(), at.rows()
+    tentropy = None if tangents.entropy is None else at.rows()
+    names = ("T", "V", "first_class", "ignored", "sharp", "share", "zeta", "SQUARED")
+    given = {
+        "sums_ptr": _sums(at, saved, tangents),
+        "targets_ptr": at.targets,
+        "class_weight_ptr": at.class_weight,
+        "weight_total_ptr": at.weight_total(),
+        "m_ptr": saved["m_ptr"],
+        "log_l_ptr": saved["log_l_ptr"],
+        **at.given(*names),
+    }
+    found = {"tloss_ptr": tloss, "tlse_ptr": tlse, "tentropy_ptr": tentropy}
+    plan = LaunchPlan((-(-at.T // 128),), {"BLOCK_R": 128})
+    launch(linear_cross_entropy_tangents_kernel, plan, {**given, **found})
+    tloss, _ = at.reduced(tloss, tloss)
+    return RowTangents(tloss, tlse, tentropy)
+
+
+def vjp_jvp(call: LossCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> LossGrads:
+    """Compute the tangents of the gradients that are needed."""
+    at = _Tokens(call)
+    saved = _saved(second.cotangents.stats, second.cotangents.entropy)
+    given = {
+        **_derivative(at, second.cotangents),
+        **_tangents(second.tangents),
+        **_cotangents("tg", second.tdloss, second.tdlse, second.tdentropy),
+        "sums_ptr": _sums(at, saved, second.tangents),
+        "SECOND": True,
+    }
+    return _Strips(at, needed, second.tangents, given).run()
+
+
+class _Tokens:
     """The tokens of one call on the device.
 
     Attributes:
         hidden: `(T, C)`.
         weight: `(V, C)`.
-        call: The validated call, of which only numbers are read.
+        call: The validated call.
     """
 
-    def __init__(self, call: Any, inputs: Sequence[Tensor | None]) -> None:
-        hidden, weight, bias, targets, class_weight = (*inputs, None, None)[:5]
-        assert hidden is not None and weight is not None and targets is not None
+    def __init__(self, call: LossCall) -> None:
         self.call = call
-        self.hidden, self.weight = hidden.contiguous(), weight.contiguous()
-        (self.bias,) = dense(bias)
-        self.targets = targets.long().contiguous()
+        hidden, weight, bias, targets = dense(call.hidden, call.weight, call.bias, call.targets)
+        assert hidden is not None and weight is not None and targets is not None
+        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
         (self.T, self.C), self.V = hidden.shape, weight.shape[0]
         self.wide = wide_like(hidden)
         self.class_weight = None
-        if class_weight is not None:
-            self.class_weight = class_weight.to(self.wide.dtype).contiguous()
-        self.precision = precision(str(hidden.dtype).rsplit(".", 1)[-1])
-        self.itemsize = hidden.dtype.itemsize
+        if call.class_weight is not None:
+            self.class_weight = call.class_weight.to(self.wide.dtype).contiguous()
+        self.dtype = str(hidden.dtype).rsplit(".", 1)[-1]
+
+    def tiles(self, kind: str) -> Tiles:
+        """Return the tiles of a kernel."""
+        return tiles(kind, self.hidden.dtype.itemsize, architecture())
 
     def rows(self, *first: int) -> Tensor:
         """Return memory for a number of each token."""
@@ -77,7 +163,7 @@ class Tokens:
 
     def plan(self, kind: str) -> LaunchPlan:
         """Return the launch over all tokens and classes."""
-        return tiles(kind, self.itemsize).launch(self.T, self.V)
+        return self.tiles(kind).launch(self.T, self.V)
 
     def weight_total(self) -> Tensor | None:
         """Return the sum of all class weights, or None where each is 1."""
@@ -139,166 +225,37 @@ class Tokens:
         return totals
 
 
-def forward(
-    call: Any,
-    inputs: Sequence[Tensor | None],
-    *,
-    entropy: bool = False,
-    argmax: bool = False,
-    picked: bool = False,
-) -> Outputs:
-    """Compute the losses, the row statistics and the other results that are wanted.
-
-    Args:
-        call: The validated call, of which only numbers are read.
-        inputs: Hidden states, weight, bias, targets, class weights.
-        entropy: Whether the entropy of each token's probabilities is wanted.
-        argmax: Whether the class of its largest logit is.
-        picked: Whether what its target picks, and its mass, are.
-    """
-    at = Tokens(call, inputs)
-    plan = at.plan("forward")
-    n_parts = plan.grid[1]
-    parts = at.rows(5 if entropy else 4, n_parts)
-    found = [at.rows() for _ in range(5)]
-    names = ("loss_ptr", "z_loss_ptr", "lse_ptr", "m_ptr", "log_l_ptr")
-    indices = at.targets.new_empty((n_parts + 1, at.T)) if argmax else None
-    best = None if indices is None else at.targets.new_empty(at.T)
-    of_rows = {"parts_ptr": parts, "argmax_parts_ptr": indices}
-    steps = {"TILES": tiles("forward", at.itemsize).steps, "ENTROPY": entropy}
-    launch(linear_cross_entropy_fwd_kernel, plan, {**at.logits(), **of_rows, **steps})
-    more = {
-        "entropy_ptr": at.rows() if entropy else None,
-        "argmax_ptr": best,
-        "picked_ptr": at.rows() if picked else None,
-        "mass_ptr": at.rows() if picked else None,
-    }
-    merged = merge_plan(at.T, 1)
-    given = {"targets_ptr": at.targets, **at.given("T", "ignored", "zeta", "SQUARED")}
-    launch(
-        linear_cross_entropy_merge_kernel,
-        replace(merged, grid=merged.grid[:1]),
-        {**of_rows, "n_parts": n_parts, **given, **dict(zip(names, found, strict=True)), **more},
-    )
-    loss, z_loss = at.reduced(*found[:2])
-    return Outputs(loss, z_loss, *found[2:], *more.values())
-
-
-def jvp(
-    call: Any,
-    inputs: Sequence[Tensor | None],
-    stats: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
-    entropy: Tensor | None = None,
-) -> Tensors:
-    """Return the tangents of loss, lse and, where it is given, of the entropy.
-
-    Args:
-        call: The validated call, of which only numbers are read.
-        inputs: Hidden states, weight, bias, targets, class weights.
-        stats: m and log_l.
-        tangents: Of hidden states, weight and bias.
-        entropy: The entropy of each token.
-    """
-    at = Tokens(call, inputs)
-    saved = _saved(stats, entropy)
-    sums = _sums(at, saved, tangents)
-    tloss, tlse = at.rows(), at.rows()
-    tentropy = None if entropy is None else at.rows()
-    names = ("T", "V", "first_class", "ignored", "sharp", "share", "zeta", "SQUARED")
-    given = {
-        "sums_ptr": sums,
-        "targets_ptr": at.targets,
-        "class_weight_ptr": at.class_weight,
-        "weight_total_ptr": at.weight_total(),
-        "m_ptr": saved["m_ptr"],
-        "log_l_ptr": saved["log_l_ptr"],
-        **at.given(*names),
-    }
-    found = {"tloss_ptr": tloss, "tlse_ptr": tlse, "tentropy_ptr": tentropy}
-    plan = LaunchPlan((-(-at.T // 128),), {"BLOCK_R": 128})
-    launch(linear_cross_entropy_tangents_kernel, plan, {**given, **found})
-    tloss, _ = at.reduced(tloss, tloss)
-    return tloss, tlse, tentropy
-
-
-def gradients(
-    call: Any,
-    inputs: Sequence[Tensor | None],
-    stats: Sequence[Tensor],
-    *,
-    needed: Sequence[bool],
-    cotangents: Sequence[Tensor | None],
-    entropy: Tensor | None = None,
-    mass: Tensor | None = None,
-    tangents: Sequence[Tensor | None] | None = None,
-    moved: Sequence[Tensor | None] = (None, None, None),
-) -> Tensors:
-    """Return the gradients by hidden states, weight and bias, or with tangents their tangents.
-
-    Args:
-        call: The validated call, of which only numbers are read.
-        inputs: Hidden states, weight, bias, targets, class weights.
-        stats: m and log_l.
-        needed: Which of the three are needed.
-        cotangents: Of the loss, reduced where it is, of lse and of the entropy.
-        entropy: The entropy of each token, needed with its cotangent.
-        mass: Sum of the weights of each token's target over all parts of the classes, where the
-            call is one part.
-        tangents: Of hidden states, weight and bias.
-        moved: Tangents of the cotangents.
-    """
-    at = Tokens(call, inputs)
-    second = tangents is not None
-    tangents = dense(*(tangents or (None, None, None)))
-    saved = _saved(stats, entropy)
-    given = {
-        **at.logits(),
-        **at.given("zeta", "SQUARED"),
-        **saved,
-        "weight_total_ptr": at.weight_total(),
-        "mass_ptr": dense(mass)[0],
-        **_cotangents("g", cotangents),
-        **_cotangents("tg", moved),
-        "scale_ptr": at.scale(),
-        "loss_step": int(call.reduction == "none"),
-        **_tangents(tangents),
-        "sums_ptr": _sums(at, saved, tangents) if second else None,
-        "SECOND": second,
-    }
-    return _Strips(at, needed, tangents, given).run()
-
-
 class _Strips:
     """Gradients that are made strip by strip of classes, of stored cotangents of the logits."""
 
     def __init__(
         self,
-        at: Tokens,
-        needed: Sequence[bool],
-        tangents: Sequence[Tensor | None],
+        at: _Tokens,
+        needed: Needed,
+        tangents: TangentCall | None,
         given: Mapping[str, Any],
     ) -> None:
-        self.at, self.given, self.tangents = at, given, tangents
-        self.kind = "vjp_jvp" if given["SECOND"] else "vjp"
-        self.cut, self.product = tiles(self.kind, at.itemsize), tiles("gradient", at.itemsize)
+        self.at, self.given = at, given
+        moved = (None, None) if tangents is None else (tangents.thidden, tangents.tweight)
+        self.thidden, self.tweight = dense(*moved)
+        self.cut = at.tiles("vjp" if tangents is None else "vjp_jvp")
+        self.product = at.tiles("gradient")
         self.width = strip(at.T, at.V, self.cut.cols, self.product.inner)
-        self.dhidden = empty((at.T, at.C), at.hidden) if needed[0] else None
-        self.dweight = empty((at.V, at.C), at.weight) if needed[1] else None
+        self.dhidden = empty((at.T, at.C), at.hidden) if needed.hidden else None
+        self.dweight = empty((at.V, at.C), at.weight) if needed.weight else None
         self.dbias = None
-        if needed[2] and at.bias is not None:
+        if needed.bias and at.bias is not None:
             self.dbias = empty((at.V,), at.bias)
         # float16 lacks the range of cotangents, which are as small as one token's part of a mean.
-        stored = at.wide if str(at.hidden.dtype).endswith("float16") else at.hidden
-        stored = at.hidden if str(at.hidden.dtype).endswith("bfloat16") else stored
+        stored = at.wide if at.dtype == "float16" else at.hidden
         self.dz = empty((at.T, self.width), stored)
-        self.tdz = empty((at.T, self.width), stored) if given["SECOND"] else None
+        self.tdz = None if tangents is None else empty((at.T, self.width), stored)
         self.live = empty((at.T,), at.targets.char())
         self.sums = self.dhidden
-        if self.dhidden is not None and at.itemsize == 2 and self.width < at.V:
+        if self.dhidden is not None and at.hidden.dtype.itemsize == 2 and self.width < at.V:
             self.sums = empty((at.T, at.C), at.wide)
 
-    def run(self) -> Tensors:
+    def run(self) -> LossGrads:
         """Return dhidden, dweight and dbias."""
         at = self.at
         for start in range(0, at.V, self.width):
@@ -310,11 +267,11 @@ class _Strips:
             launch(linear_cross_entropy_cotangents_kernel, plan, given)
             self._hidden(start, size)
             self._classes(start, size)
-        return self.dhidden, self.dweight, self.dbias
+        return LossGrads(self.dhidden, self.dweight, self.dbias)
 
     def _hidden(self, start: int, size: int) -> None:
         """Add the part of a strip to dhidden: dz weight, and of tangents dz tweight."""
-        at, tweight = self.at, self.tangents[1]
+        at = self.at
         if self.dhidden is None:
             return
         part = slice(start, start + size)
@@ -323,7 +280,7 @@ class _Strips:
             (at.T, at.C, size),
             (self.width, 1),
             at.weight[part],
-            None if tweight is None else tweight[part],
+            None if self.tweight is None else self.tweight[part],
             before_ptr=self.sums if start else None,
             after_ptr=self.dhidden if last else self.sums,
             live_ptr=None,
@@ -340,7 +297,7 @@ class _Strips:
             (size, at.C, at.T),
             (1, self.width),
             at.hidden,
-            self.tangents[0],
+            self.thidden,
             before_ptr=None,
             after_ptr=unused if self.dweight is None else self.dweight[part],
             live_ptr=self.live,
@@ -368,37 +325,55 @@ class _Strips:
             "K": K,
             "a_row": strides[0],
             "a_inner": strides[1],
-            "PRECISION": self.at.precision,
+            "PRECISION": precision(self.at.dtype),
         }
         plan = self.product.launch(M, N, "MNK")
         launch(linear_cross_entropy_gradient_kernel, plan, {**given, **more})
 
 
-def _sums(
-    at: Tokens, saved: Mapping[str, Tensor | None], tangents: Sequence[Tensor | None]
-) -> Tensor:
+def _derivative(at: _Tokens, given: CotangentCall) -> dict[str, Any]:
+    """Return what the kernel of the cotangents takes but for tangents."""
+    return {
+        **at.logits(),
+        **at.given("zeta", "SQUARED"),
+        **_saved(given.stats, given.entropy),
+        "weight_total_ptr": at.weight_total(),
+        "mass_ptr": dense(given.mass)[0],
+        **_cotangents("g", given.dloss, given.dlse, given.dentropy),
+        "scale_ptr": at.scale(),
+        "loss_step": int(at.call.reduction == "none"),
+    }
+
+
+def _sums(at: _Tokens, saved: Mapping[str, Tensor | None], tangents: TangentCall) -> Tensor:
     """Return the sums over the classes that tangents need, `(3, T)`."""
     plan = at.plan("jvp")
     n_parts = plan.grid[1]
     parts, sums = at.rows(3, n_parts), at.rows(3)
     given = {**at.logits(), **saved, **_tangents(tangents), "parts_ptr": parts}
-    steps = {"TILES": tiles("jvp", at.itemsize).steps}
-    launch(linear_cross_entropy_jvp_kernel, plan, {**given, **steps})
+    given["TILES"] = at.tiles("jvp").steps
+    launch(linear_cross_entropy_jvp_kernel, plan, given)
     merged = {"parts_ptr": parts, "total_ptr": sums, "n_rows": at.T, "n_parts": n_parts}
     launch(sum_parts_kernel, merge_plan(at.T, 3), merged)
     return sums
 
 
-def _saved(stats: Sequence[Tensor], entropy: Tensor | None) -> dict[str, Tensor | None]:
+def _saved(stats: LossStats, entropy: Tensor | None) -> dict[str, Tensor | None]:
     m, log_l, entropy = dense(*stats, entropy)
     return {"m_ptr": m, "log_l_ptr": log_l, "entropy_ptr": entropy}
 
 
-def _tangents(tangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    thidden, tweight, tbias = dense(*tangents)
+def _tangents(given: TangentCall | None) -> dict[str, Tensor | None]:
+    moved = (None,) * 3 if given is None else (given.thidden, given.tweight, given.tbias)
+    thidden, tweight, tbias = dense(*moved)
     return {"thidden_ptr": thidden, "tweight_ptr": tweight, "tbias_ptr": tbias}
 
 
-def _cotangents(prefix: str, given: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    loss, lse, entropy = dense(*given)
+def _cotangents(
+    prefix: str, loss: Tensor | None, lse: Tensor | None, entropy: Tensor | None
+) -> dict[str, Tensor | None]:
+    loss, lse, entropy = dense(loss, lse, entropy)
     return {f"{prefix}_ptr": loss, f"{prefix}_lse_ptr": lse, f"{prefix}_entropy_ptr": entropy}
+
+
+IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, reduces=True)

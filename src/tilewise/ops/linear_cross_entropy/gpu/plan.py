@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilewise.shared.launch import Compilation, LaunchPlan
+from tilewise.shared.launch import INTERPRETER, Compilation, LaunchPlan
 from tilewise.shared.row_tiles import compilation, merge_plan
 
 STRIP_ENTRIES = 1 << 24
@@ -60,13 +60,18 @@ _WIDE = {
 }
 
 
-def tiles(kind: str, itemsize: int) -> Tiles:
+def tiles(kind: str, itemsize: int, arch: str) -> Tiles:
     """Return the tiles of a kernel; they do not depend on the sizes of a call.
 
     Args:
         kind: forward, jvp, vjp, vjp_jvp or gradient, the product that ends the last two.
         itemsize: Bytes of an entry.
+        arch: "sm_80", "sm_90", "sm_100", "gfx942" or `INTERPRETER`.
     """
+    if arch == INTERPRETER:
+        return Tiles(16, 16, 16, 1, 1, steps=2 if kind in ("forward", "jvp") else 1)
+    if arch.startswith("gfx") and itemsize == 2 and kind in ("forward", "jvp"):
+        return Tiles(64, 32, 64, 8, 3, steps=32)
     return (_NARROW if itemsize == 2 else _WIDE)[kind]
 
 
@@ -93,7 +98,7 @@ def precision(name: str) -> str:
 
 
 def planned(arch: str) -> Iterator[Compilation]:
-    """Return the configurations that are compiled without a GPU: the same for each architecture."""
+    """Return the configurations that are compiled without a GPU."""
     from . import kernels
 
     stem = "linear_cross_entropy_"
@@ -110,13 +115,18 @@ def planned(arch: str) -> Iterator[Compilation]:
             ("fwd", "forward", tensors, {}),
             ("jvp", "jvp", tensors | moved, {}),
             ("cotangents", "vjp", tensors | {"dz": short}, {"SECOND": False}),
-            ("cotangents", "vjp_jvp", tensors | moved | {"dz": short, "tdz": short}, {"SECOND": True}),
+            (
+                "cotangents",
+                "vjp_jvp",
+                tensors | moved | {"dz": short, "tdz": short},
+                {"SECOND": True},
+            ),
         ]
         for kernel, kind, given, more in jobs:
-            cut = tiles(kind, itemsize)
+            cut = tiles(kind, itemsize, arch)
             constants = {**options, **more, "TILES": cut.steps}
             yield _compilation(f"{stem}{kind} {name}", found[kernel], given, cut, "TVK", constants)
-        cut, precise = tiles("gradient", itemsize), {"PRECISION": precision(name)}
+        cut, precise = tiles("gradient", itemsize, arch), {"PRECISION": precision(name)}
         products = {"a": short, "b": short, "before": wide}
         for side, more, dense in (
             ("hidden", {"after": short}, "a_inner"),
@@ -160,5 +170,16 @@ def _single(
     pointers = {key: kind for key, kind in pointers.items() if key in kernel.arg_names}
     numbers = {key: kind for key, kind in _NUMBERS.items() if key in kernel.arg_names}
     found = compilation(name, kernel, pointers, numbers, constants, warps)
-    aligned = {"T", "C", "V", "M", "N", "K", "a_row", "a_inner", "strip", "strip_start"} & found.signature.keys()
+    aligned = {
+        "T",
+        "C",
+        "V",
+        "M",
+        "N",
+        "K",
+        "a_row",
+        "a_inner",
+        "strip",
+        "strip_start",
+    } & found.signature.keys()
     return replace(found, divisible=found.divisible | aligned)
