@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,5 +30,13 @@ def launch(kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
     if 0 in plan.grid:
         return
     given = {**arguments, **plan.constants}
-    with np.errstate(all="ignore") if INTERPRETS else nullcontext():
+    with _unwarned() if INTERPRETS else nullcontext():
         kernel[plan.grid](**given, num_warps=plan.num_warps, num_stages=plan.num_stages)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Compute with NumPy as a GPU does: NaN without a word, and bounds of loops from arrays."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
