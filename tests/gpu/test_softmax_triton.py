@@ -236,7 +236,7 @@ def test_absent_cotangents_and_tangents_are_zero() -> None:
 
 def test_both_kinds_at_once_are_two_calls() -> None:
     x = drawn(3, 13)
-    with pytest.raises(Unsupported, match="softmax: .*y and log_y are two calls"):
+    with pytest.raises(Unsupported, match=r"softmax: .*y and log_y are two calls"):
         twn.softmax_vjp(x, x, dlog_y=x, implementation=TRITON)
 
 

@@ -45,7 +45,6 @@ from .kernels import (
 )
 from .plan import tiles
 
-
 _NO_COTANGENTS = Cotangents()
 _NO_TANGENTS = Tangents()
 
@@ -121,9 +120,10 @@ class _Rows:
         self.n_rows = int(self.A * self.I)
         self.wide = wide_like(self.x)
         (self.targets,) = dense(call.targets)
-        self.weight = None
-        if call.weight is not None:
-            self.weight = call.weight.to(self.wide.dtype).contiguous()
+        weight: Tensor | None = call.weight
+        if weight is not None:
+            weight = weight.to(self.wide.dtype).contiguous()
+        self.weight = weight
 
     def tiles(self, kind: str) -> RowTiles:
         """Return the tiles for one of the functions."""

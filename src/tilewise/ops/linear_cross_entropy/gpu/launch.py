@@ -148,9 +148,10 @@ class _Tokens:
         self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
         (self.T, self.C), self.V = hidden.shape, weight.shape[0]
         self.wide = wide_like(hidden)
-        self.class_weight = None
-        if call.class_weight is not None:
-            self.class_weight = call.class_weight.to(self.wide.dtype).contiguous()
+        class_weight: Tensor | None = call.class_weight
+        if class_weight is not None:
+            class_weight = class_weight.to(self.wide.dtype).contiguous()
+        self.class_weight = class_weight
         self.dtype = str(hidden.dtype).rsplit(".", 1)[-1]
 
     def tiles(self, kind: str) -> Tiles:

@@ -101,54 +101,64 @@ def planned(arch: str) -> Iterator[Compilation]:
     """Return the configurations that are compiled without a GPU."""
     from . import kernels
 
-    stem = "linear_cross_entropy_"
-    found = {kind: getattr(kernels, f"{stem}{kind}_kernel") for kind in _KERNELS}
-    for name, short, itemsize in (("bfloat16", "bf16", 2), ("float32", "fp32", 4)):
-        wide = "fp32"
-        tensors = {"hidden": short, "weight": short, "bias": short, "class_weight": wide}
-        tensors |= {"targets": "i64", "parts": wide, "argmax_parts": "i64", "m": wide}
-        tensors |= {"log_l": wide, "entropy": wide, "sums": wide, "scale": "fp64", "live": "i8"}
-        tensors |= dict.fromkeys(("g", "g_lse", "g_entropy", "tg", "tg_lse", "tg_entropy"), wide)
-        moved = {"thidden": short, "tweight": short, "tbias": short}
-        options = {"ENTROPY": True, "CAPPED": True, "SQUARED": True, "PRECISION": "ieee"}
-        jobs = [
-            ("fwd", "forward", tensors, {}),
-            ("jvp", "jvp", tensors | moved, {}),
-            ("cotangents", "vjp", tensors | {"dz": short}, {"SECOND": False}),
-            (
-                "cotangents",
-                "vjp_jvp",
-                tensors | moved | {"dz": short, "tdz": short},
-                {"SECOND": True},
-            ),
-        ]
-        for kernel, kind, given, more in jobs:
-            cut = tiles(kind, itemsize, arch)
-            constants = {**options, **more, "TILES": cut.steps}
-            yield _compilation(f"{stem}{kind} {name}", found[kernel], given, cut, "TVK", constants)
-        cut, precise = tiles("gradient", itemsize, arch), {"PRECISION": precision(name)}
-        products = {"a": short, "b": short, "before": wide}
-        for side, more, dense in (
-            ("hidden", {"after": short}, "a_inner"),
-            ("hidden first of strips", {"after": wide}, "a_inner"),
-            ("weight", {"after": short, "live": "i8", "rows": short}, "a_row"),
-            ("tangent of hidden", {"after": short, "a2": short, "b2": short}, "a_inner"),
-        ):
-            title = f"{stem}gradient of {side} {name}"
-            constants = {**precise, dense: 1}
-            given = products | more
-            yield _compilation(title, found["gradient"], given, cut, "MNK", constants)
-    merged = {name: "fp32" for name in ("loss", "z_loss", "lse", "m", "log_l", "entropy", "parts")}
-    merged |= dict.fromkeys(("targets", "argmax", "argmax_parts"), "i64")
+    for name, short in (("bfloat16", "bf16"), ("float32", "fp32")):
+        yield from _of_logits(name, short, arch, kernels)
+        yield from _of_gradients(name, short, arch, kernels.linear_cross_entropy_gradient_kernel)
+    rows = ("loss", "z_loss", "lse", "m", "log_l", "entropy", "parts")
+    tensors = dict.fromkeys(rows, "fp32") | dict.fromkeys(("targets", "argmax"), "i64")
+    tensors["argmax_parts"] = "i64"
     constants = {**merge_plan(1, 1).constants, "SQUARED": True}
-    yield _single(f"{stem}merge", found["merge"], merged, constants)
+    kernel = kernels.linear_cross_entropy_merge_kernel
+    yield _single(f"{_STEM}merge", kernel, tensors, constants)
     rows = ("sums", "class_weight", "m", "log_l", "tloss", "tlse", "tentropy")
-    moved = {**dict.fromkeys(rows, "fp32"), "targets": "i64"}
+    tensors = {**dict.fromkeys(rows, "fp32"), "targets": "i64"}
     constants = {"BLOCK_R": 128, "SQUARED": True}
-    yield _single(f"{stem}tangents", found["tangents"], moved, constants)
+    kernel = kernels.linear_cross_entropy_tangents_kernel
+    yield _single(f"{_STEM}tangents", kernel, tensors, constants)
 
 
-_KERNELS = ("fwd", "jvp", "cotangents", "gradient", "merge", "tangents")
+def _of_logits(name: str, short: str, arch: str, kernels: Any) -> Iterator[Compilation]:
+    """Return the configurations of the kernels that make logits, with all options."""
+    inputs, moved = ("hidden", "weight", "bias"), ("thidden", "tweight", "tbias")
+    rows = ["class_weight", "parts", "m", "log_l", "entropy", "sums"]
+    rows += ["g", "g_lse", "g_entropy", "tg", "tg_lse", "tg_entropy"]
+    tensors = dict.fromkeys(inputs, short) | dict.fromkeys(rows, "fp32")
+    tensors |= {"targets": "i64", "argmax_parts": "i64", "scale": "fp64", "live": "i8"}
+    tangents = dict.fromkeys(moved, short)
+    options = {"ENTROPY": True, "CAPPED": True, "SQUARED": True, "PRECISION": "ieee"}
+    cotangents = kernels.linear_cross_entropy_cotangents_kernel
+    for kind, kernel, more in (
+        ("forward", kernels.linear_cross_entropy_fwd_kernel, {}),
+        ("jvp", kernels.linear_cross_entropy_jvp_kernel, tangents),
+        ("vjp", cotangents, {"dz": short}),
+        ("vjp_jvp", cotangents, tangents | {"dz": short, "tdz": short}),
+    ):
+        cut = tiles(kind, _itemsize(short), arch)
+        constants = {**options, "TILES": cut.steps, "SECOND": kind == "vjp_jvp"}
+        title = f"{_STEM}{kind} {name}"
+        yield _compilation(title, kernel, tensors | more, cut, "TVK", constants)
+
+
+def _of_gradients(name: str, short: str, arch: str, kernel: Any) -> Iterator[Compilation]:
+    """Return the configurations of the products that end gradients."""
+    cut = tiles("gradient", _itemsize(short), arch)
+    for side, more, dense in (
+        ("hidden", {"after": short}, "a_inner"),
+        ("hidden, first strip", {"after": "fp32"}, "a_inner"),
+        ("weight", {"after": short, "live": "i8", "rows": short}, "a_row"),
+        ("hidden, of tangents", {"after": short, "a2": short, "b2": short}, "a_inner"),
+    ):
+        tensors = {"a": short, "b": short, "before": "fp32", **more}
+        constants = {"PRECISION": precision(name), dense: 1}
+        title = f"{_STEM}gradient by {side}, {name}"
+        yield _compilation(title, kernel, tensors, cut, "MNK", constants)
+
+
+def _itemsize(kind: str) -> int:
+    return 4 if kind == "fp32" else 2
+
+
+_STEM = "linear_cross_entropy_"
 _NUMBERS = {**dict.fromkeys(("sharp", "share", "zeta", "cap"), "fp64"), "ignored": "i64"}
 
 

@@ -64,8 +64,8 @@ def forward(call: SoftmaxCall, want: Want) -> SoftmaxOutputs:
         if y is not None:
             launch(softmax_fwd_kernel, plan, {**given, "parts_ptr": None, "PHASE": "write"})
     lse, m, log_l = rows.values()
-    whole = (None, y) if at.log else (y, None)
-    return SoftmaxOutputs(*whole, lse if want.lse else None, SoftmaxStats(m, log_l))
+    y, log_y = (None, y) if at.log else (y, None)
+    return SoftmaxOutputs(y, log_y, lse if want.lse else None, SoftmaxStats(m, log_l))
 
 
 def vjp(call: SoftmaxCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) -> SoftmaxGrads:
@@ -83,7 +83,8 @@ def jvp(call: SoftmaxCall, tangents: TangentCall, want: Want) -> SoftmaxTangents
     out = at.whole() if want.y or want.log_y else None
     of_rows = at.rows() if want.lse else None
     _derivative(at, "jvp", out, of_rows, tangents=tangents)
-    return SoftmaxTangents(*((None, out) if at.log else (out, None)), of_rows)
+    ty, tlog_y = (None, out) if at.log else (out, None)
+    return SoftmaxTangents(ty, tlog_y, of_rows)
 
 
 def vjp_jvp(call: SoftmaxCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> SoftmaxGrads:

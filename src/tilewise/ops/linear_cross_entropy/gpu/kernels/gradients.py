@@ -51,10 +51,10 @@ def linear_cross_entropy_cotangents_kernel(
     loss_step,
     first_class,
     ignored,
-    sharp: "fp64",
-    share: "fp64",
-    zeta: "fp64",
-    cap: "fp64",
+    sharp: tl.float64,
+    share: tl.float64,
+    zeta: tl.float64,
+    cap: tl.float64,
     live_ptr,
     dz_ptr,
     tdz_ptr,
@@ -116,8 +116,8 @@ def linear_cross_entropy_cotangents_kernel(
         live = live | (tg != 0.0) | (tg_lse != 0.0) | (tg_entropy != 0.0)
         tz = tl.zeros([BLOCK_T, BLOCK_V], wide)
         tz = logit_tangents(
-            hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, tz, row, T, start, cols, V, C,
-            wide, PRECISION, BLOCK_K,
+            hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, tz, row, T, start,
+            cols, V, C, wide, PRECISION, BLOCK_K,
         )  # fmt: skip
         ts = slope * tz
         mu = tl.load(sums_ptr + token, mask=has, other=0.0)

@@ -37,9 +37,9 @@ def linear_cross_entropy_jvp_kernel(
     V,
     first_class,
     ignored,
-    sharp: "fp64",
-    share: "fp64",
-    cap: "fp64",
+    sharp: tl.float64,
+    share: tl.float64,
+    cap: tl.float64,
     parts_ptr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,8 +72,8 @@ def linear_cross_entropy_jvp_kernel(
             s, slope, _ = capped(with_bias(z, bias_ptr, cols, V, wide), inside, cap, CAPPED)
             tz = tl.zeros([BLOCK_T, BLOCK_V], wide)
             tz = logit_tangents(
-                hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, tz, row, T, start, cols, V, C,
-                wide, PRECISION, BLOCK_K,
+                hidden_ptr, weight_ptr, thidden_ptr, tweight_ptr, tbias_ptr, tz, row, T, start,
+                cols, V, C, wide, PRECISION, BLOCK_K,
             )  # fmt: skip
             ts = slope * tz
             p, surprise = probabilities(s, m, log_l, entropy_ptr, token, T, wide)
@@ -100,9 +100,9 @@ def linear_cross_entropy_tangents_kernel(
     V,
     first_class,
     ignored,
-    sharp: "fp64",
-    share: "fp64",
-    zeta: "fp64",
+    sharp: tl.float64,
+    share: tl.float64,
+    zeta: tl.float64,
     tloss_ptr,
     tlse_ptr,
     tentropy_ptr,

@@ -82,6 +82,7 @@ def target_weights(
 
 @triton.jit
 def with_bias(z, bias_ptr, cols, V, wide: tl.constexpr):
+    """Return `z + bias`, `[BLOCK_T, BLOCK_V]`, where there is one."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(wide)[None, :]
     return z

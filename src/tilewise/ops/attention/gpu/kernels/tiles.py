@@ -8,7 +8,7 @@ or as `[1, BM]` and `[BN, 1]`.
 import triton
 import triton.language as tl
 
-from tilewise.shared.triton_math import INF, LN2, LOG2E, number, philox_tile, tanh
+from tilewise.shared.triton_math import INF, LOG2E, number, philox_tile, tanh
 
 EVERYTHING = tl.constexpr(0)
 INTERVALS = tl.constexpr(1)
