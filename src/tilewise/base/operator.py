@@ -217,6 +217,8 @@ class FlatOperator:
             moving along the other tangents, and the tangents along the second ones, does to the
             output tangents. Any of those may be None.
         output_tangents: Whether `vjp_jvp` reads the output tangents that it is given.
+        read_inputs: Names of the inputs whose entries `prepare` reads; of the others it looks only
+            at shapes, strides and dtypes.
         split_over: ``(kind, arrays, options) -> number`` of first dimensions of all arguments and
             results that are batches as with `folds`; by default what that says.
     """
@@ -243,6 +245,7 @@ class FlatOperator:
     jvp_jvp: Callable[..., Arrays] | None = None
     split_over: Callable[..., int] | None = None
     output_tangents: bool = True
+    read_inputs: tuple[str, ...] = ()
 
     def batch(self, kind: str, arrays: Sequence[Any], options: Mapping[str, Any]) -> int:
         """Return how many of the first dimensions of all arguments and results are batches.

@@ -30,7 +30,9 @@ from torch.autograd import Function, forward_ad
 from tilewise.base.dtypes import bfloat16, is_bfloat16
 from tilewise.base.errors import unsupported
 from tilewise.base.operator import KINDS, FlatOperator
-from tilewise.dispatch import evaluate
+from tilewise.dispatch import DEVICE, evaluate
+
+from . import gpu
 
 try:
     from torch._C import (
@@ -117,7 +119,8 @@ def register(operator: FlatOperator) -> None:
         results = ", ".join(["Tensor"] * kernel.results)
         schema = f"{name}(str options, bool[] needed{tensors}) -> ({results})"
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, _bound(_run, kernel), "CPU")
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, _bound(_run, kernel), key)
         # Graphs that call the op itself, as torch.export makes them, stay differentiable.
         for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
             _library.impl(name, _bound(_differentiable, kernel), key)
@@ -176,14 +179,17 @@ def _parsed(options: str) -> Mapping[str, Any]:
 
 def _run(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Run a function on the memory of the tensors; None stands for a result that is not needed."""
-    if tensors[kernel.first].dtype is torch.bfloat16:
+    first, parsed = tensors[kernel.first], _parsed(options)
+    if not first.is_cpu or parsed["implementation"] in DEVICE:
+        return gpu.run(kernel.operator, kernel.kind, parsed, needed, tensors)
+    if first.dtype is torch.bfloat16:
         dtype = bfloat16(kernel.operator.name)
         arrays = [t if t is None else _array(t, dtype) for t in tensors]
         make = _tensor
     else:
         arrays = [t if t is None else t.numpy(force=True) for t in tensors]
         make = torch.from_numpy
-    out = evaluate(kernel.operator, kernel.kind, arrays, _parsed(options), needed)
+    out = evaluate(kernel.operator, kernel.kind, arrays, parsed, needed)
     return tuple([make(a) if wanted else None for a, wanted in zip(out, needed, strict=True)])
 
 
@@ -277,7 +283,7 @@ class Door(Function):  # type: ignore[misc]
                 t = unwrap_if_dead(t)
                 if (
                     type(t) not in _PLAIN
-                    or not t.is_cpu
+                    or not (t.is_cpu or t.is_cuda)
                     or (batched and is_legacy_batchedtensor(t))
                 ):
                     eager = False
