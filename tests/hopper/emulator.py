@@ -4,7 +4,7 @@ Gluon has no interpreter. Here a kernel is a Python function that calls what sta
 
 - the partitions of `warp_specialize` are threads of which one runs at a time; a seed chooses which
   one goes on wherever one of them waits or signals, so other seeds try other interleavings;
-- a bulk load fills its tile with NaN at once, and delivers later; a bulk store reads its tile later;
+- a bulk load fills its tile with NaN at once, and delivers later; a bulk store reads later too;
 - an asynchronous product is computed as late as its wait allows, and what it reads must not have
   changed since it was issued;
 - a barrier has phases, arrivals and bytes as on the chip; when nothing can go on, the kernel fails.
@@ -19,6 +19,7 @@ import random
 import sys
 import threading
 import types
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-KERNELS = "src/tilewise/ops/attention/gpu/hopper"
+KERNELS = "src/tilewise/ops/attention/hopper"
 _here = threading.local()
 
 
@@ -117,6 +118,8 @@ class Machine:
     def __init__(self, seed: int, program: tuple[int, ...], grid: tuple[int, ...]) -> None:
         self.random = random.Random(f"{seed} {program}")
         self.program, self.grid = program, grid
+        # Copies come soon, or as late as they may.
+        self.haste = self.random.choice((0.0, 0.4))
         self.back = threading.Semaphore(0)
         self.stopped = False
         self.copies: list[Callable[[], None]] = []
@@ -127,12 +130,13 @@ class Machine:
         alive = [Partition(self, *part) for part in parts]
         try:
             while alive:
-                if self.copies and self.random.random() < 0.4:
+                if self.copies and self.random.random() < self.haste:
                     self.copies.pop(self.random.randrange(len(self.copies)))()
                 ready = [partition for partition in alive if partition.can()]
                 if not ready and not self.copies:
                     raise HazardError("deadlock: every partition waits")
                 if not ready:
+                    self.copies.pop(self.random.randrange(len(self.copies)))()
                     continue
                 chosen = self.random.choice(ready)
                 chosen.go.release()
@@ -244,7 +248,8 @@ class Descriptor:
     def region(self, at: Sequence[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         starts = [int(x) for x in at]
         ends = [
-            min(x + n, size) for x, n, size in zip(starts, self.shape, self.array.shape, strict=True)
+            min(x + n, size)
+            for x, n, size in zip(starts, self.shape, self.array.shape, strict=True)
         ]
         there = tuple(slice(x, max(x, e)) for x, e in zip(starts, ends, strict=True))
         here = tuple(slice(0, max(0, e - x)) for x, e in zip(starts, ends, strict=True))
@@ -463,13 +468,14 @@ def _instead(modules: dict[str, types.ModuleType]) -> Any:
                 sys.modules[name] = module
 
 
-def load(name: str) -> types.ModuleType:
-    """Return a module of the kernels, as it is run here."""
-    package = "emulated_hopper"
+def load(name: str, folder: Path | None = None) -> types.ModuleType:
+    """Return a module of the kernels, as it is run here; of a copy of their folder if given."""
+    folder = folder or Path(__file__).parents[2] / KERNELS
+    package = f"emulated_hopper_{zlib.crc32(str(folder).encode())}"
     if package not in sys.modules:
-        folder = types.ModuleType(package)
-        folder.__path__ = [str(Path(__file__).parents[2] / KERNELS)]
-        sys.modules[package] = folder
+        parent = types.ModuleType(package)
+        parent.__path__ = [str(folder)]
+        sys.modules[package] = parent
     with _instead(_modules()):
         return importlib.import_module(f"{package}.{name}")
 
@@ -499,12 +505,10 @@ def pointer_to(tensor: torch.Tensor) -> Pointer:
 
 
 class Emulated:
-    """A device as the launcher takes one, with smaller tiles than the chip has.
+    """A device as the launcher takes one, with smaller tiles than the chip has."""
 
-    """
-
-    def __init__(self, seed: int = 0, programs: int = 3) -> None:
-        self.seed, self.count = seed, programs
+    def __init__(self, seed: int = 0, programs: int = 3, folder: Path | None = None) -> None:
+        self.seed, self.count, self.folder = seed, programs, folder
         self.jobs: list[Any] = []
 
     def programs(self, like: Any) -> int:
@@ -512,7 +516,8 @@ class Emulated:
 
     def run(self, job: Any) -> None:
         self.jobs.append(job)
-        kernels = {**vars(load("forward")), **vars(load("backward"))}
+        modules = [load(f"kernels.{name}", self.folder) for name in ("forward", "backward")]
+        kernels = {name: value for module in modules for name, value in vars(module).items()}
         given: dict[str, Any] = {}
         for name, value in {**job.arguments, **job.plan.constants}.items():
             if hasattr(value, "block"):

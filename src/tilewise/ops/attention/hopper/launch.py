@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import numpy as np
 
 from tilewise.base.errors import unsupported
 from tilewise.base.masks import PackedBits, RowIntervals
 from tilewise.ops.attention.spec import (
-    ALL_NEEDED,
     LN2,
     NAME,
     AttentionCall,
@@ -40,7 +39,7 @@ Tensor = Any
 _COUNT = 128
 """Row statistics are padded to whole tiles of queries of either pass."""
 
-_tables: WeakKeyDictionary[RowIntervals, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+_kept: dict[int, tuple[ref[Any], dict[tuple[Any, ...], Tensor]]] = {}
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,10 @@ def _gather_rows(
     call: AttentionCall, cotangents: CotangentCall, do: Tensor, device: Device
 ) -> Tensor:
     """Return m, log2 l and delta of each query, `(B, H, 3, padded)` in float32."""
-    m, log_l = (x.contiguous() for x in cotangents.stats)
-    o, dlse = _last_contiguous(cotangents.o), cotangents.dlse
+    saved: tuple[Tensor, ...] = cotangents.stats
+    m, log_l = (x.contiguous() for x in saved)
+    o = _last_contiguous(cotangents.o)
+    dlse: Tensor = cotangents.dlse
     padded = tiles_of(call.N, _COUNT) * _COUNT
     rows = m.new_empty((call.B, call.H, 3, padded))
     arguments = {
@@ -241,10 +242,20 @@ def _tables_for(
     assert isinstance(call.mask, RowIntervals)
     sizes = (call.B, call.H, call.Hk, call.N, call.Nk, call.D, padded)
     key = (kind, *sizes, chosen.grid, str(like.device))
-    kept = _tables.setdefault(call.mask, {})
+    kept = _tables_of_mask(call.mask.rows)
     if key not in kept:
         kept[key] = _upload(make(), like)
     return kept[key]
+
+
+def _tables_of_mask(rows: Any) -> dict[tuple[Any, ...], Tensor]:
+    """Return the tables that were made of the rows of a mask, which calls share."""
+    known = _kept.get(id(rows))
+    if known is None or known[0]() is not rows:
+        for old in [key for key, (of, _) in _kept.items() if of() is None]:
+            del _kept[old]
+        known = _kept[id(rows)] = (ref(rows), {})
+    return known[1]
 
 
 def _make_tables(
@@ -283,7 +294,8 @@ def _check_values(call: AttentionCall) -> None:
     """
     if call.mask is None:
         return
-    for name, x in (("k", call.k), ("v", call.v)):
+    given: dict[str, Tensor] = {"k": call.k, "v": call.v}
+    for name, x in given.items():
         if not all(math.isfinite(end.item()) for end in x.aminmax()):
             reason = f"does not serve masks where {name} holds NaN or infinity"
             raise unsupported(NAME, f"implementation 'hopper' {reason}")
@@ -314,5 +326,3 @@ def _zeros(like: Tensor, call: AttentionCall) -> Tensor:
 
 def _rows(call: AttentionCall, like: Tensor) -> Tensor:
     return like.new_empty((call.B, call.H, call.N), dtype=like.new_empty(0).float().dtype)
-
-

@@ -103,9 +103,7 @@ def _load_for_keys(
 
 
 @gluon.jit
-def _hide_queries(
-    p, tables, item, at, n, mask_head, own, BM: gl.constexpr, BN: gl.constexpr
-):
+def _hide_queries(p, tables, item, at, n, mask_head, own, BM: gl.constexpr, BN: gl.constexpr):
     """Return the probabilities of the n-th visit, 0 where the mask hides a key from a query."""
     _, _, tile, _ = read_work(tables, item)
     j = tile * (2 * BM) + own
@@ -185,9 +183,9 @@ def _compute_keys(
 
 @gluon.jit
 def attention_hopper_bwd_keys_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, tables, scale, dk_desc, dv_desc, GROUP: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, EARLY: gl.constexpr, REGS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, tables, scale, dk_desc, dv_desc,
+    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, MASKED: gl.constexpr, EARLY: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of the work items of one program after the other."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], q_desc.dtype)
@@ -204,15 +202,12 @@ def attention_hopper_bwd_keys_kernel(
     descs = (dk_desc, dv_desc)
     gl.warp_specialize(
         [
-            (_compute_keys, (0, descs, own_bufs, bufs, own_bars, q_bars, do_bars, tables,
-                             scale, GROUP, BM, BN, D, STAGES,
-                             MASKED, EARLY)),
-            (_compute_keys, (1, descs, own_bufs, bufs, own_bars, q_bars, do_bars, tables,
-                             scale, GROUP, BM, BN, D, STAGES,
-                             MASKED, EARLY)),
-            (_load_for_keys, ((q_desc, k_desc, v_desc, do_desc, rows_desc), own_bufs, bufs, own_bars, q_bars,
-                              do_bars, tables, GROUP, BM, BN, D,
-                              STAGES)),
+            (_compute_keys, (0, descs, own_bufs, bufs, own_bars, q_bars, do_bars, tables, scale,
+                             GROUP, BM, BN, D, STAGES, MASKED, EARLY)),
+            (_compute_keys, (1, descs, own_bufs, bufs, own_bars, q_bars, do_bars, tables, scale,
+                             GROUP, BM, BN, D, STAGES, MASKED, EARLY)),
+            (_load_for_keys, ((q_desc, k_desc, v_desc, do_desc, rows_desc), own_bufs, bufs,
+                              own_bars, q_bars, do_bars, tables, GROUP, BM, BN, D, STAGES)),
         ],
         [4, 1],
         [REGS, 24],
@@ -299,9 +294,7 @@ def _compute_queries(
         mbarrier.wait(v_bars[0].index(slot), phase)
         dp = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        p = _weights(
-            s, tables, item, at, 0, whole, cut, own, m, log2_l, scale, BM, BN, MASKED
-        )
+        p = _weights(s, tables, item, at, 0, whole, cut, own, m, log2_l, scale, BM, BN, MASKED)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(v_bars[1].index(slot), count=1)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), a_layout)
@@ -318,9 +311,7 @@ def _compute_queries(
             dp_next = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
             dq_next = warpgroup_mma(ds, bufs[0].index(before), dq, is_async=True)
             s = warpgroup_mma_wait(2, deps=(s_next,))
-            p = _weights(
-                s, tables, item, at, n, whole, cut, own, m, log2_l, scale, BM, BN, MASKED
-            )
+            p = _weights(s, tables, item, at, n, whole, cut, own, m, log2_l, scale, BM, BN, MASKED)
             dp = warpgroup_mma_wait(1, deps=(dp_next,))
             mbarrier.arrive(v_bars[1].index(slot), count=1)
             ds_next = p * (dp - delta[:, None])
@@ -341,9 +332,9 @@ def _compute_queries(
 
 @gluon.jit
 def attention_hopper_bwd_queries_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows, tables, scale, dq_desc, GROUP: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    REGS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows, tables, scale, dq_desc, GROUP: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     """Compute dq of the work items of one program after the other."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], q_desc.dtype)
@@ -359,14 +350,11 @@ def attention_hopper_bwd_queries_kernel(
     gl.warp_specialize(
         [
             (_compute_queries, (0, dq_desc, rows, own_bufs, bufs, own_bars, k_bars, v_bars, tables,
-                                scale, BM, BN, D,
-                                STAGES, MASKED)),
+                                scale, BM, BN, D, STAGES, MASKED)),
             (_compute_queries, (1, dq_desc, rows, own_bufs, bufs, own_bars, k_bars, v_bars, tables,
-                                scale, BM, BN, D,
-                                STAGES, MASKED)),
+                                scale, BM, BN, D, STAGES, MASKED)),
             (_load_for_queries, ((q_desc, k_desc, v_desc, do_desc), own_bufs, bufs, own_bars,
-                                 k_bars, v_bars, tables, GROUP, BM, BN, D,
-                                 STAGES)),
+                                 k_bars, v_bars, tables, GROUP, BM, BN, D, STAGES)),
         ],
         [4, 1],
         [REGS, 24],

@@ -76,7 +76,7 @@ def seers(rows: Rows, Nk: int) -> Rows | None:
         rows: `(Bm, Hm, N, 4)`. Which keys each query sees.
         Nk: Keys.
     """
-    Bm, Hm, N, _ = rows.shape
+    Bm, Hm = rows.shape[:2]
     out = np.zeros((Bm, Hm, Nk, 4), np.int32)
     for at in np.ndindex(Bm, Hm):
         turned = _turned(rows[at].astype(np.int64), Nk)

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .schedule import FIELDS
+from ..schedule import FIELDS
 
 __all__ = [
     "HEADS",

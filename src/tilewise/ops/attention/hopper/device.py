@@ -12,7 +12,8 @@ __all__ = ["Gpu", "reason_against"]
 
 def reason_against(x: Any) -> str | None:
     """Return why kernels for this architecture do not run where a tensor is."""
-    kind = getattr(x.device, "type", x.device)
+    device = getattr(x, "device", "cpu")
+    kind = getattr(device, "type", device)
     if kind != "cuda":
         return f"it runs on a GPU of architecture {ARCH} alone, and q is on {kind}"
     try:
@@ -37,7 +38,7 @@ class Gpu:
 
     def run(self, job: Job) -> None:
         """Launch a kernel on the current stream."""
-        from . import backward, forward
+        from .kernels import backward, forward
 
         kernel = getattr(forward, job.kernel, None) or getattr(backward, job.kernel)
         arguments = {

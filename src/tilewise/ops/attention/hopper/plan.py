@@ -72,7 +72,7 @@ def planned(arch: str) -> Iterator[Compilation]:
 
 
 def _forward(D: int, dtype: str, masked: bool, full: bool) -> Compilation:
-    from .forward import attention_hopper_fwd_kernel
+    from .kernels.forward import attention_hopper_fwd_kernel
 
     chosen = plan("forward", D, programs=1, masked=masked)
     BM, BN = chosen.constants["BM"], chosen.constants["BN"]
@@ -97,7 +97,7 @@ def _forward(D: int, dtype: str, masked: bool, full: bool) -> Compilation:
 
 
 def _pass(kind: str, D: int, dtype: str, masked: bool) -> Compilation:
-    from . import backward
+    from .kernels import backward
 
     chosen = plan(kind, D, programs=1, masked=masked)
     BM, BN = chosen.constants["BM"], chosen.constants["BN"]
@@ -128,7 +128,7 @@ def _pass(kind: str, D: int, dtype: str, masked: bool) -> Compilation:
 
 
 def _rows(D: int) -> Compilation:
-    from .backward import attention_hopper_rows_kernel
+    from .kernels.backward import attention_hopper_rows_kernel
 
     strides = [f"stride_{name}_{dim}" for name in ("do", "o") for dim in "bhn"]
     signature = {

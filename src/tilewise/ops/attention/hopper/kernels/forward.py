@@ -107,9 +107,7 @@ def _compute(
         slot = seq % STAGES
         mbarrier.wait(q_bars[0].index(who), turn & 1)
         mbarrier.wait(k_bars[0].index(slot), (seq // STAGES) & 1)
-        s = warpgroup_mma(
-            q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
+        s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_bars[1].index(slot), count=1)
         if (whole > 0) | (cut <= 0):
@@ -171,8 +169,9 @@ def _compute(
 @gluon.jit
 def attention_hopper_fwd_kernel(
     q_desc, k_desc, v_desc, tables, scale, o_desc, o_ptr, m_ptr, l_ptr,
-    H_PER_KV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    FULL: gl.constexpr, PING_PONG: gl.constexpr, REGS: gl.constexpr,
+    H_PER_KV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, MASKED: gl.constexpr, FULL: gl.constexpr, PING_PONG: gl.constexpr,
+    REGS: gl.constexpr,
 ):  # fmt: skip
     """Compute o, m and log l of the work items of one program after the other."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], q_desc.dtype)
@@ -188,14 +187,11 @@ def attention_hopper_fwd_kernel(
     gl.warp_specialize(
         [
             (_compute, (0, o_desc, outs, q_bufs, k_bufs, v_bufs, q_bars, k_bars, v_bars, turns,
-                        tables, scale, BM, BN, D, STAGES, MASKED, FULL,
-                        PING_PONG)),
+                        tables, scale, BM, BN, D, STAGES, MASKED, FULL, PING_PONG)),
             (_compute, (1, o_desc, outs, q_bufs, k_bufs, v_bufs, q_bars, k_bars, v_bars, turns,
-                        tables, scale, BM, BN, D, STAGES, MASKED, FULL,
-                        PING_PONG)),
+                        tables, scale, BM, BN, D, STAGES, MASKED, FULL, PING_PONG)),
             (_load_tiles, ((q_desc, k_desc, v_desc), (q_bufs, k_bufs, v_bufs), q_bars, k_bars,
-                           v_bars, tables, H_PER_KV, BM,
-                           BN, D, STAGES)),
+                           v_bars, tables, H_PER_KV, BM, BN, D, STAGES)),
         ],
         [4, 1],
         [REGS, 24],
