@@ -82,7 +82,7 @@ def adapted(
     operator: str,
     implementation: Implementation,
     to_tensor: Callable[[Array], Any],
-    to_array: Callable[[Any], Array],
+    to_array: Callable[[Any], Array | None],
 ) -> Implementation:
     """Return an implementation on tensors as one that takes and returns arrays.
 
@@ -104,7 +104,7 @@ def adapted(
         return run
 
     own = {kind: getattr(implementation, kind) for kind in _FUNCTIONS}
-    functions = {kind: None if f is None else on_arrays(f) for kind, f in own.items()}
+    functions: dict[str, Any] = {k: None if f is None else on_arrays(f) for k, f in own.items()}
     return Implementation(implementation.name, **functions)
 
 
@@ -191,9 +191,7 @@ def _each(one: Callable[..., Tensors], tensors: Sequence[Any], leading: Sequence
     """Run a function once for each index of the leading dimensions."""
     if 0 in leading:
         zeros = [None if t is None else t.new_zeros(t.shape[len(leading) :]) for t in tensors]
-        return tuple(
-            [None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)]
-        )
+        return tuple([None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)])
     every = [
         one([None if t is None else _readable(t[index]) for t in tensors])
         for index in product(*map(range, leading))

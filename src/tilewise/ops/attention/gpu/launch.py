@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import triton
 
-from tilewise.base.masks import PackedBits, RowIntervals
+from tilewise.base.masks import RowIntervals
 from tilewise.base.operator import Implementation
 from tilewise.ops.attention.spec import (
     ALL_NEEDED,
@@ -31,12 +31,12 @@ from tilewise.ops.attention.spec import (
 )
 from tilewise.shared.launch import LaunchPlan
 
-from .backward import attention_delta_kernel, attention_dkv_kernel, attention_dq_kernel
-from .forward import attention_fwd_kernel
+from .kernels.backward import attention_delta_kernel, attention_dkv_kernel, attention_dq_kernel
+from .kernels.forward import attention_fwd_kernel
+from .kernels.sums import attention_dbias_kernel, attention_dsinks_kernel
+from .kernels.tangents import attention_jvp_kernel
+from .kernels.tiles import attention_bounds_kernel
 from .plan import INTERPRETER, padded, plan
-from .sums import attention_dbias_kernel, attention_dsinks_kernel
-from .tangents import attention_jvp_kernel
-from .tiles import attention_bounds_kernel
 
 INTERPRETS = not isinstance(attention_fwd_kernel, triton.JITFunction)
 """Whether Triton interprets its kernels, on the CPU, instead of compiling them."""
@@ -54,10 +54,10 @@ def forward(call: AttentionCall, want: Want) -> AttentionOutputs:
     asked = want.lse, want.max_logit, want.entropy
     lse, top, entropy = (rows(call) if wanted else None for wanted in asked)
     chosen = planned(call, "fwd")
-    launch(
+    launch_carefully(
         attention_fwd_kernel,
         chosen,
-        **pairs(call, chosen),
+        call,
         o=o,
         o_full=o_full,
         m_out=m,
@@ -81,7 +81,8 @@ def forward_jvp(
     """Compute attention, then the tangents of o and lse from what it returned."""
     found = forward(call, replace(want, o_full=True))
     moves = {name: getattr(tangents, name) for name in ("tq", "tk", "tv", "tbias", "tsinks")}
-    moved = jvp(call, TangentCall(**moves, o=found.o_full, stats=found.stats))
+    o: Any = found.o_full
+    moved = jvp(call, TangentCall(**moves, o=o, stats=found.stats))
     return found, moved
 
 
@@ -106,10 +107,10 @@ def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED
 def _jvp(call: AttentionCall, tangents: TangentCall, dtype: Any) -> OutputTangents:
     to, tlse = empty(call, call.H, call.N, call.Dv, dtype), rows(call)
     chosen = planned(call, "jvp")
-    launch(
+    launch_carefully(
         attention_jvp_kernel,
         chosen,
-        **pairs(call, chosen),
+        call,
         **_moves(tangents),
         **_saved(tangents),
         to=to,
@@ -128,9 +129,9 @@ def _gradients(
     moved: OutputTangents | None = None,
 ) -> AttentionGrads:
     """Compute the gradients or, with `second` and the output tangents, their tangents."""
-    do = cotangents.do
+    do: Any = cotangents.do
     if do is None:
-        do = call.q.new_zeros((call.B, call.H, call.N, call.Dv))
+        do = _like(call).new_zeros((call.B, call.H, call.N, call.Dv))
     delta, tdelta = rows(call), None if second is None else rows(call)
     given = {
         **_saved(cotangents),
@@ -162,7 +163,7 @@ def _row_sums(
 ) -> None:
     """Compute delta and its tangent."""
     BM, to = 64, None if moved is None else moved.to
-    grid = (max(1, -(-call.N // BM) * call.B * call.H),)
+    grid = (-(-call.N // BM) * call.B * call.H,)
     tdlse = None if second is None else second.tdlse
     launch(
         attention_delta_kernel,
@@ -187,7 +188,7 @@ def _row_sums(
 def _dq(call: AttentionCall, prefix: str, given: dict[str, Any]) -> Tensor:
     dq = empty(call, call.H, call.N, call.D)
     chosen = planned(call, prefix + "dq")
-    launch(attention_dq_kernel, chosen, **pairs(call, chosen), **given, dq=dq, **strides("dq", dq))
+    launch_carefully(attention_dq_kernel, chosen, call, **given, dq=dq, **strides("dq", dq))
     return dq
 
 
@@ -199,10 +200,10 @@ def _dk_dv(
     dk = empty(call, call.Hk, call.Nk, call.D) if needed.k else None
     dv = empty(call, call.Hk, call.Nk, call.Dv) if needed.v else None
     chosen = planned(call, prefix + "dkv")
-    launch(
+    launch_carefully(
         attention_dkv_kernel,
         chosen,
-        **pairs(call, chosen),
+        call,
         **given,
         dk=dk,
         dv=dv,
@@ -216,8 +217,7 @@ def _dk_dv(
 
 def _dbias(call: AttentionCall, prefix: str, given: dict[str, Any]) -> Tensor:
     """Compute the gradient of the bias in the shape and the dtype in which it was given."""
-    bias = call.bias
-    assert bias is not None
+    bias: Any = call.bias
     dbias = bias.new_zeros(bias.shape, dtype=wide(call))
     chosen = planned(call, prefix + "dbias")
     own = [size != 1 for size in bias.shape]
@@ -239,17 +239,16 @@ def _dbias(call: AttentionCall, prefix: str, given: dict[str, Any]) -> Tensor:
 
 
 def _dsinks(call: AttentionCall, given: dict[str, Any]) -> Tensor:
-    sinks = call.sinks
-    assert sinks is not None
+    sinks: Any = call.sinks
     dsinks = sinks.new_zeros(sinks.shape, dtype=wide(call))
-    chosen = LaunchPlan((max(1, call.H),), {"ROWS": 256})
+    chosen = LaunchPlan((call.H,), {"ROWS": 256})
     sizes = {"B": call.B, "H": call.H, "N": call.N}
     launch(attention_dsinks_kernel, chosen, **given, sinks=sinks, **sizes, dsinks=dsinks)
     return dsinks.to(sinks.dtype)
 
 
 def _saved(given: CotangentCall | TangentCall) -> dict[str, Any]:
-    m, log_l = given.stats.m.contiguous(), given.stats.log_l.contiguous()
+    m, log_l = _contiguous(given.stats.m), _contiguous(given.stats.log_l)
     return {"o": given.o, **strides("o", given.o), "m": m, "log_l": log_l}
 
 
@@ -302,6 +301,8 @@ def architecture(device: Any) -> str:
 
 def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:
     """Run a kernel as its plan says, with those of the arguments that it takes."""
+    if 0 in chosen.grid:
+        return
     given = arguments | dict(chosen.constants)
     with np.errstate(all="ignore") if INTERPRETS else nullcontext():
         kernel[chosen.grid](
@@ -309,6 +310,22 @@ def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )
+
+
+def launch_carefully(
+    kernel: Any, chosen: LaunchPlan, call: AttentionCall, **arguments: Any
+) -> None:
+    """Run a kernel and, where pairs may be hidden, once more for the programs that it spoiled.
+
+    Those are few or none: the second run ends at once for the others.
+    """
+    given = pairs(call, chosen) | arguments
+    # Rows whose every bias is -inf are hidden, too.
+    hides = call.mask is not None or call.bias is not None
+    given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=_int32(call)) if hides else None
+    launch(kernel, chosen, **given, HIDES=hides, CAREFUL=False)
+    if hides:
+        launch(kernel, chosen, **given, HIDES=hides, CAREFUL=True)
 
 
 def pairs(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
@@ -368,11 +385,12 @@ def mask_of(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
     lowered = call.mask
     if lowered is None:
         return {"mask": None, "tiles": None, "mask_stride_b": 0, "mask_stride_h": 0, "MASK": 0}
+    mask: Any
+    tiles: Any
     if isinstance(lowered, RowIntervals):
         mask, kind = lowered.rows, 1
         tiles = bounds_of(mask, call.N, chosen.constants["BM"])
     else:
-        assert isinstance(lowered, PackedBits)
         mask, tiles, kind = lowered.bits, lowered.tiles, 2
     Bm, Hm = mask.shape[:2]
     parts = {"mask_stride_b": Hm if Bm > 1 else 0, "mask_stride_h": 1 if Hm > 1 else 0}
@@ -390,30 +408,42 @@ def bounds_of(mask: Tensor, N: int, BM: int) -> Tensor:
     return bounds
 
 
+def _like(call: AttentionCall) -> Tensor:
+    """Return the first tensor of a call, after which others are made."""
+    return call.q
+
+
 def wide(call: AttentionCall) -> Any:
     """Return the framework's dtype of sums and row statistics."""
     dtype = call.q.dtype
     if dtype not in _compute_dtypes:
-        _compute_dtypes[dtype] = call.q.new_empty(0).float().dtype if call.is_narrow else dtype
+        _compute_dtypes[dtype] = _like(call).new_empty(0).float().dtype if call.is_narrow else dtype
     return _compute_dtypes[dtype]
+
+
+def _int32(call: AttentionCall) -> Any:
+    """Return the framework's dtype of 32-bit integers."""
+    if "int32" not in _compute_dtypes:
+        _compute_dtypes["int32"] = _like(call).new_empty(0).int().dtype
+    return _compute_dtypes["int32"]
 
 
 def rows(call: AttentionCall) -> Tensor:
     """Return new row statistics."""
-    return call.q.new_empty((call.B, call.H, call.N), dtype=wide(call))
+    return _like(call).new_empty((call.B, call.H, call.N), dtype=wide(call))
 
 
 def empty(call: AttentionCall, heads: int, count: int, entries: int, dtype: Any = None) -> Tensor:
     """Return a new `(B, heads, count, entries)` view of a tensor in the layout of the call."""
     dtype = dtype or call.q.dtype
     if call.layout == "bhnd":
-        return call.q.new_empty((call.B, heads, count, entries), dtype=dtype)
-    return call.q.new_empty((call.B, count, heads, entries), dtype=dtype).swapaxes(1, 2)
+        return _like(call).new_empty((call.B, heads, count, entries), dtype=dtype)
+    return _like(call).new_empty((call.B, count, heads, entries), dtype=dtype).swapaxes(1, 2)
 
 
 def refuses(call: AttentionCall) -> str | None:
     """Return why a call is not served, or None."""
-    if isinstance(call.q, np.ndarray):
+    if isinstance(_like(call), np.ndarray):
         return "computes on tensors of PyTorch, not on arrays"
     if call.sequences is not None:
         return "takes no packed sequences yet"

@@ -8,7 +8,7 @@ or as `[1, BM]` and `[BN, 1]`.
 import triton
 import triton.language as tl
 
-from tilewise.shared.triton_math import INF, LN2, LOG2E, number, philox_tile, tanh
+from tilewise.shared.triton_math import INF, LOG2E, number, philox_tile, tanh
 
 EVERYTHING = tl.constexpr(0)
 INTERVALS = tl.constexpr(1)
@@ -244,7 +244,9 @@ def kept(
     group = start_j // 4 + tl.arange(0, BN // 4)
     position = start_i + offset + tl.arange(0, BM)
     words = philox_tile(group[None, :], position[:, None], head, entry, seed_low, seed_high)
-    return tl.where(words < tl.cast(threshold, tl.uint32), number(0.0, dtype), number(factor, dtype))
+    return tl.where(
+        words < tl.cast(threshold, tl.uint32), number(0.0, dtype), number(factor, dtype)
+    )
 
 
 @triton.jit

@@ -24,11 +24,9 @@ from .tiles import (
     INTERVALS,
     kept,
     key_spans,
-    load_bias,
     logits,
     occupied,
     part_of,
-    probabilities,
     visible,
 )
 
@@ -163,13 +161,13 @@ def attention_fwd_kernel(
     slopes_stride_b,
     mask_stride_b,
     mask_stride_h,
-    scale: "fp64",
-    softcap: "fp64",
+    scale: tl.float64,
+    softcap: tl.float64,
     first_entry,
-    seed_low: "u32",
-    seed_high: "u32",
-    threshold: "u32",
-    factor: "fp64",
+    seed_low: tl.uint32,
+    seed_high: tl.uint32,
+    threshold: tl.uint32,
+    factor: tl.float64,
     o,
     o_full,
     m_out,
@@ -177,6 +175,7 @@ def attention_fwd_kernel(
     lse,
     max_logit,
     entropy_out,
+    spoiled,
     stride_ob,
     stride_oh,
     stride_on,
@@ -192,6 +191,8 @@ def attention_fwd_kernel(
     LSE: tl.constexpr,
     MAX_LOGIT: tl.constexpr,
     ENTROPY: tl.constexpr,
+    HIDES: tl.constexpr,
+    CAREFUL: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -199,7 +200,13 @@ def attention_fwd_kernel(
     DP: tl.constexpr,
     DVP: tl.constexpr,
 ):
-    """Attention of one tile of queries of one head; o_full has the strides of o."""
+    """Attention of one tile of queries of one head; o_full has the strides of o.
+
+    Programs whose result is not finite say so in `spoiled`. CAREFUL, run after that, computes
+    those tiles again, so that what is hidden from a row and not finite does not reach it.
+    """
+    if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
+        return
     dtype: tl.constexpr = m_out.dtype.element_ty
     query_tiles = (N + BM - 1) // BM
     tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
@@ -227,20 +234,18 @@ def attention_fwd_kernel(
     entropy = tl.zeros([BM], dtype)
     acc = tl.zeros([BM, DVP], dtype)
     begin, full, rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
-    # The fourth part is all of it once more, where what is hidden from some rows was not finite.
-    for PART in tl.static_range(4):
+    for PART in tl.static_range(3):
         if PART == 0:
             first, last = begin, full
         elif PART == 1:
             first, last = full, rest
-        elif PART == 2:
-            first, last = rest, stop
         else:
-            spoiled = any_not_finite(acc)
-            m, l = tl.where(spoiled, -INF, m), tl.where(spoiled, 0.0, l)
-            entropy, acc = tl.where(spoiled, 0.0, entropy), tl.where(spoiled, 0.0, acc)
-            first, last = begin, tl.where(spoiled, stop, begin)
-        if MASK == INTERVALS or PART >= 2 or (PART == 1 and MASK == EVERYTHING):
+            first, last = rest, stop
+        if CAREFUL:
+            first, last = begin, stop
+        if (PART == 2) or (
+            (not CAREFUL) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
+        ):
             for t in range(first, last):
                 start_j = (t + tl.where(t >= turn, jump, 0)) * BN
                 if MASK != BITS or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
@@ -274,8 +279,8 @@ def attention_fwd_kernel(
                         D,
                         DV,
                         MASK,
-                        PART != 1,
-                        PART == 3,
+                        CAREFUL or (PART != 1),
+                        CAREFUL,
                         BIAS,
                         ALIBI,
                         SOFTCAP,
@@ -289,6 +294,8 @@ def attention_fwd_kernel(
                         DVP,
                     )
 
+    if (HIDES) and (not CAREFUL):
+        tl.store(spoiled + tl.program_id(0), any_not_finite(acc).to(tl.int32))
     i = start_i + tl.arange(0, BM)
     inside = i < N
     row = at.to(tl.int64) * N + i

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from tilewise.shared.triton_math import (
     INF,
-    LN2,
     LOG2E,
     any_not_finite,
     load_rows,
@@ -214,16 +213,22 @@ def attention_dq_kernel(
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
     tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
-    scale: "fp64", softcap: "fp64", first_entry,
-    seed_low: "u32", seed_high: "u32", threshold: "u32", factor: "fp64",
-    dq, stride_dqb, stride_dqh, stride_dqn,
+    scale: tl.float64, softcap: tl.float64, first_entry,
+    seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
+    dq, spoiled, stride_dqb, stride_dqh, stride_dqn,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SECOND: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, TDO: tl.constexpr,
+    HIDES: tl.constexpr, CAREFUL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one tile of queries of one head, or its tangent: a walk over the keys."""
+    """The gradient of one tile of queries of one head, or its tangent: a walk over the keys.
+
+    See `attention_fwd_kernel` for CAREFUL.
+    """
+    if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
+        return
     dtype: tl.constexpr = m.dtype.element_ty
     query_tiles = (N + BM - 1) // BM
     tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
@@ -271,24 +276,24 @@ def attention_dq_kernel(
 
     acc = tl.zeros([BM, DP], dtype)
     begin, full, rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
-    for PART in tl.static_range(4):
+    for PART in tl.static_range(3):
         if PART == 0:
             first, last = begin, full
         elif PART == 1:
             first, last = full, rest
-        elif PART == 2:
-            first, last = rest, stop
         else:
-            spoiled = any_not_finite(acc)
-            acc = tl.where(spoiled, 0.0, acc)
-            first, last = begin, tl.where(spoiled, stop, begin)
-        if (MASK == INTERVALS) or ((PART >= 2) or ((PART == 1) and (MASK == EVERYTHING))):
+            first, last = rest, stop
+        if CAREFUL:
+            first, last = begin, stop
+        if (PART == 2) or (
+            (not CAREFUL) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
+        ):
             for t in range(first, last):
                 start_j = (t + tl.where(t >= turn, jump, 0)) * BN
                 if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
                     j = (start_j + tl.arange(0, BN))[None, :]
-                    k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, PART != 1)
-                    v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, PART != 1)
+                    k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, CAREFUL or PART != 1)
+                    v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, CAREFUL or PART != 1)
                     raw = rows_times_rows(q_tile, k_tile, PRECISION)  # [BM, BN]
                     dp = rows_times_rows(do_tile, v_tile, PRECISION)  # [BM, BN]
                     traw, tdp, keep = raw, dp, raw
@@ -306,7 +311,7 @@ def attention_dq_kernel(
                             start_i, start_j, Nk - N, h, first_entry + b,
                             seed_low, seed_high, threshold, factor, BM, BN, dtype,
                         )  # fmt: skip
-                    seen = visible(mask, i, j, N, Nk, MASK, PART != 1)
+                    seen = visible(mask, i, j, N, Nk, MASK, CAREFUL or PART != 1)
                     _, _, dx, _, _, tdx = _gradients(
                         raw, traw, dp, tdp, keep, seen, i, j,
                         top, log_sum, delta_row, tlse_row, tdelta_row,
@@ -315,9 +320,11 @@ def attention_dq_kernel(
                         slope, scale, softcap, N, Nk,
                         BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                     )  # fmt: skip
-                    acc = _add(acc, tdx, k_tile, seen, PART == 3, WIDE, PRECISION)
+                    acc = _add(acc, tdx, k_tile, seen, CAREFUL, WIDE, PRECISION)
                     if SECOND and T_K:
-                        acc = _add(acc, dx, tk_tile, seen, PART == 3, WIDE, PRECISION)
+                        acc = _add(acc, dx, tk_tile, seen, CAREFUL, WIDE, PRECISION)
+    if (HIDES) and (not CAREFUL):
+        tl.store(spoiled + tl.program_id(0), any_not_finite(acc).to(tl.int32))
     acc = tl.where(top != -INF, acc, 0.0) * number(scale, dtype)
     store_rows(part_of(dq, b, h, stride_dqb, stride_dqh), acc, start_i, N, stride_dqn, BM, D, DP)
 
@@ -333,17 +340,23 @@ def attention_dkv_kernel(
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
     tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
-    scale: "fp64", softcap: "fp64", first_entry,
-    seed_low: "u32", seed_high: "u32", threshold: "u32", factor: "fp64",
-    dk, dv, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    scale: tl.float64, softcap: tl.float64, first_entry,
+    seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
+    dk, dv, spoiled, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SECOND: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, TDO: tl.constexpr,
     D_K: tl.constexpr, D_V: tl.constexpr,
+    HIDES: tl.constexpr, CAREFUL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one tile of keys and values, or their tangents: a walk over the queries."""
+    """The gradients of one tile of keys and values, or their tangents: a walk over the queries.
+
+    See `attention_fwd_kernel` for CAREFUL.
+    """
+    if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
+        return
     dtype: tl.constexpr = m.dtype.element_ty
     query_tiles, key_tiles = (N + BM - 1) // BM, (Nk + BN - 1) // BN
     tile, at = tl.program_id(0) % key_tiles, tl.program_id(0) // key_tiles
@@ -365,119 +378,116 @@ def attention_dkv_kernel(
 
     dk_tile = tl.zeros([BN, DP], dtype)
     dv_tile = tl.zeros([BN, DVP], dtype)
-    # The second time, where what is hidden from some keys was not finite.
-    for CAREFUL in tl.static_range(2):
-        heads = group
-        if CAREFUL == 1:
-            spoiled = any_not_finite(dk_tile) | any_not_finite(dv_tile)
-            dk_tile, dv_tile = tl.where(spoiled, 0.0, dk_tile), tl.where(spoiled, 0.0, dv_tile)
-            heads = tl.where(spoiled, group, 0)
-        for g in range(0, heads):
-            h = hk * group + g
-            part = (b * mask_stride_b + h * mask_stride_h).to(tl.int64)
-            mask_part, bounds, bias_part, tbias_part = mask, tiles, bias, tbias
-            slope = number(0.0, dtype)
-            if ALIBI:
-                slope = tl.load(slopes + b * slopes_stride_b + h).to(dtype)
-            if BIAS:
-                bias_part = part_of(bias, b, h, bias_stride_b, bias_stride_h)
-            if T_BIAS:
-                tbias_part = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
-            if MASK == INTERVALS:
-                mask_part, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
-            if MASK == BITS:
-                words = (N + 15) // 16
-                mask_part = mask + part * Nk * words
-                bounds = tiles + part * words * ((Nk + 63) // 64)
-            begin, full, rest, stop = query_spans(bounds, query_tiles, start_j, Nk, MASK, BN)
-            for PART in tl.static_range(3):
-                if CAREFUL == 1:
-                    first, last = begin, stop
-                elif PART == 0:
-                    first, last = begin, full
-                elif PART == 1:
-                    first, last = full, rest
-                else:
-                    first, last = rest, stop
-                if ((CAREFUL == 0) and (MASK == INTERVALS)) or (
-                    (PART == 2) or ((CAREFUL == 0) and ((PART == 1) and (MASK == EVERYTHING)))
-                ):
-                    for t in range(first, last):
-                        start_i = t * BM
-                        if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
-                            i = start_i + tl.arange(0, BM)
-                            inside = i < N
-                            row = (b * H + h).to(tl.int64) * N + i
-                            top = tl.load(m + row, mask=inside, other=-INF)[None, :]
-                            log_sum = tl.load(log_l + row, mask=inside, other=0.0)[None, :]
-                            delta_row = tl.load(delta + row, mask=inside, other=0.0)[None, :]
-                            tlse_row, tdelta_row = delta_row, delta_row
-                            q_tile = load_rows(
-                                part_of(q, b, h, stride_qb, stride_qh),
-                                start_i, N, stride_qn, BM, D, DP, True,
-                            )  # fmt: skip  # [BM, DP]
-                            do_tile = load_rows(
-                                part_of(do, b, h, stride_dob, stride_doh),
-                                start_i, N, stride_don, BM, DV, DVP, True,
-                            )  # fmt: skip  # [BM, DVP]
-                            raw = rows_times_rows(k_tile, q_tile, PRECISION)  # [BN, BM]
-                            dp = rows_times_rows(v_tile, do_tile, PRECISION)  # [BN, BM]
-                            traw, tdp, keep = raw, dp, raw
-                            tq_tile, tdo_tile = q_tile, do_tile
-                            if SECOND:
-                                tlse_row = tl.load(tlse + row, mask=inside, other=0.0)[None, :]
-                                tdelta_row = tl.load(tdelta + row, mask=inside, other=0.0)[None, :]
-                                if T_Q:
-                                    tq_tile = load_rows(
-                                        part_of(tq, b, h, stride_tqb, stride_tqh),
-                                        start_i, N, stride_tqn, BM, D, DP, True,
-                                    )  # fmt: skip
-                                if TDO:
-                                    tdo_tile = load_rows(
-                                        part_of(tdo, b, h, stride_tdob, stride_tdoh),
-                                        start_i, N, stride_tdon, BM, DV, DVP, True,
-                                    )  # fmt: skip
-                                traw = _products(
-                                    k_tile, tk_tile, q_tile, tq_tile, T_K, T_Q, PRECISION
+    for g in range(0, group):
+        h = hk * group + g
+        part = (b * mask_stride_b + h * mask_stride_h).to(tl.int64)
+        mask_part, bounds, bias_part, tbias_part = mask, tiles, bias, tbias
+        slope = number(0.0, dtype)
+        if ALIBI:
+            slope = tl.load(slopes + b * slopes_stride_b + h).to(dtype)
+        if BIAS:
+            bias_part = part_of(bias, b, h, bias_stride_b, bias_stride_h)
+        if T_BIAS:
+            tbias_part = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+        if MASK == INTERVALS:
+            mask_part, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
+        if MASK == BITS:
+            words = (N + 15) // 16
+            mask_part = mask + part * Nk * words
+            bounds = tiles + part * words * ((Nk + 63) // 64)
+        begin, full, rest, stop = query_spans(bounds, query_tiles, start_j, Nk, MASK, BN)
+        for PART in tl.static_range(3):
+            if PART == 0:
+                first, last = begin, full
+            elif PART == 1:
+                first, last = full, rest
+            else:
+                first, last = rest, stop
+            if CAREFUL:
+                first, last = begin, stop
+            if (PART == 2) or (
+                (not CAREFUL) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
+            ):
+                for t in range(first, last):
+                    start_i = t * BM
+                    if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
+                        i = start_i + tl.arange(0, BM)
+                        inside = i < N
+                        row = (b * H + h).to(tl.int64) * N + i
+                        top = tl.load(m + row, mask=inside, other=-INF)[None, :]
+                        log_sum = tl.load(log_l + row, mask=inside, other=0.0)[None, :]
+                        delta_row = tl.load(delta + row, mask=inside, other=0.0)[None, :]
+                        tlse_row, tdelta_row = delta_row, delta_row
+                        q_tile = load_rows(
+                            part_of(q, b, h, stride_qb, stride_qh),
+                            start_i, N, stride_qn, BM, D, DP, True,
+                        )  # fmt: skip  # [BM, DP]
+                        do_tile = load_rows(
+                            part_of(do, b, h, stride_dob, stride_doh),
+                            start_i, N, stride_don, BM, DV, DVP, True,
+                        )  # fmt: skip  # [BM, DVP]
+                        raw = rows_times_rows(k_tile, q_tile, PRECISION)  # [BN, BM]
+                        dp = rows_times_rows(v_tile, do_tile, PRECISION)  # [BN, BM]
+                        traw, tdp, keep = raw, dp, raw
+                        tq_tile, tdo_tile = q_tile, do_tile
+                        if SECOND:
+                            tlse_row = tl.load(tlse + row, mask=inside, other=0.0)[None, :]
+                            tdelta_row = tl.load(tdelta + row, mask=inside, other=0.0)[None, :]
+                            if T_Q:
+                                tq_tile = load_rows(
+                                    part_of(tq, b, h, stride_tqb, stride_tqh),
+                                    start_i, N, stride_tqn, BM, D, DP, True,
+                                )  # fmt: skip
+                            if TDO:
+                                tdo_tile = load_rows(
+                                    part_of(tdo, b, h, stride_tdob, stride_tdoh),
+                                    start_i, N, stride_tdon, BM, DV, DVP, True,
+                                )  # fmt: skip
+                            traw = _products(k_tile, tk_tile, q_tile, tq_tile, T_K, T_Q, PRECISION)
+                            tdp = _products(v_tile, tv_tile, do_tile, tdo_tile, T_V, TDO, PRECISION)
+                        if DROPOUT:
+                            keep = tl.trans(
+                                kept(
+                                    start_i,
+                                    start_j,
+                                    Nk - N,
+                                    h,
+                                    first_entry + b,
+                                    seed_low,
+                                    seed_high,
+                                    threshold,
+                                    factor,
+                                    BM,
+                                    BN,
+                                    dtype,
                                 )
-                                tdp = _products(
-                                    v_tile, tv_tile, do_tile, tdo_tile, T_V, TDO, PRECISION
-                                )
-                            if DROPOUT:
-                                keep = tl.trans(
-                                    kept(
-                                        start_i, start_j, Nk - N, h, first_entry + b,
-                                        seed_low, seed_high, threshold, factor, BM, BN, dtype,
-                                    )  # fmt: skip
-                                )
-                            i = i[None, :]
-                            seen = visible(
-                                mask_part, i, j, N, Nk, MASK, (CAREFUL == 1) or (PART != 1)
                             )
-                            w, _, dx, tw, _, tdx = _gradients(
-                                raw, traw, dp, tdp, keep, seen, i, j,
-                                top, log_sum, delta_row, tlse_row, tdelta_row,
-                                bias_part, bias_stride_n, bias_stride_k,
-                                tbias_part, tbias_stride_n, tbias_stride_k,
-                                slope, scale, softcap, N, Nk,
-                                BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
-                            )  # fmt: skip
-                            if D_V:
+                        i = i[None, :]
+                        seen = visible(mask_part, i, j, N, Nk, MASK, CAREFUL or PART != 1)
+                        w, _, dx, tw, _, tdx = _gradients(
+                            raw, traw, dp, tdp, keep, seen, i, j,
+                            top, log_sum, delta_row, tlse_row, tdelta_row,
+                            bias_part, bias_stride_n, bias_stride_k,
+                            tbias_part, tbias_stride_n, tbias_stride_k,
+                            slope, scale, softcap, N, Nk,
+                            BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
+                        )  # fmt: skip
+                        attended = seen & (top != -INF)
+                        if D_V:
+                            dv_tile = _add(dv_tile, tw, do_tile, attended, CAREFUL, WIDE, PRECISION)
+                            if SECOND and TDO:
                                 dv_tile = _add(
-                                    dv_tile, tw, do_tile, seen, CAREFUL == 1, WIDE, PRECISION
+                                    dv_tile, w, tdo_tile, attended, CAREFUL, WIDE, PRECISION
                                 )
-                                if SECOND and TDO:
-                                    dv_tile = _add(
-                                        dv_tile, w, tdo_tile, seen, CAREFUL == 1, WIDE, PRECISION
-                                    )
-                            if D_K:
+                        if D_K:
+                            dk_tile = _add(dk_tile, tdx, q_tile, attended, CAREFUL, WIDE, PRECISION)
+                            if SECOND and T_Q:
                                 dk_tile = _add(
-                                    dk_tile, tdx, q_tile, seen, CAREFUL == 1, WIDE, PRECISION
+                                    dk_tile, dx, tq_tile, attended, CAREFUL, WIDE, PRECISION
                                 )
-                                if SECOND and T_Q:
-                                    dk_tile = _add(
-                                        dk_tile, dx, tq_tile, seen, CAREFUL == 1, WIDE, PRECISION
-                                    )
+    if (HIDES) and (not CAREFUL):
+        bad = any_not_finite(dk_tile) | any_not_finite(dv_tile)
+        tl.store(spoiled + tl.program_id(0), bad.to(tl.int32))
     if D_K:
         dk, dk_tile = part_of(dk, b, hk, stride_dkb, stride_dkh), dk_tile * number(scale, dtype)
         store_rows(dk, dk_tile, start_j, Nk, stride_dkn, BN, D, DP)

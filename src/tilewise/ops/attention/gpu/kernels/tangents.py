@@ -41,16 +41,19 @@ def attention_jvp_kernel(
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
     tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
-    scale: "fp64", softcap: "fp64", first_entry,
-    seed_low: "u32", seed_high: "u32", threshold: "u32", factor: "fp64",
-    to, tlse, stride_tob, stride_toh, stride_ton,
+    scale: tl.float64, softcap: tl.float64, first_entry,
+    seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
+    to, tlse, spoiled, stride_tob, stride_toh, stride_ton,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, T_SINKS: tl.constexpr,
+    HIDES: tl.constexpr, CAREFUL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    """Tangents of one tile of queries of one head."""
+    """Tangents of one tile of queries of one head; see `attention_fwd_kernel` for CAREFUL."""
+    if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
+        return
     dtype: tl.constexpr = m.dtype.element_ty
     query_tiles = (N + BM - 1) // BM
     tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
@@ -91,32 +94,34 @@ def attention_jvp_kernel(
     has_keys = tl.zeros([BM], tl.int32)
     acc = tl.zeros([BM, DVP], dtype)
     begin, full, rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
-    for PART in tl.static_range(4):
+    for PART in tl.static_range(3):
         if PART == 0:
             first, last = begin, full
         elif PART == 1:
             first, last = full, rest
-        elif PART == 2:
-            first, last = rest, stop
         else:
-            spoiled = any_not_finite(acc)
-            mean, acc = tl.where(spoiled, 0.0, mean), tl.where(spoiled, 0.0, acc)
-            first, last = begin, tl.where(spoiled, stop, begin)
-        if (MASK == INTERVALS) or ((PART >= 2) or ((PART == 1) and (MASK == EVERYTHING))):
+            first, last = rest, stop
+        if CAREFUL:
+            first, last = begin, stop
+        if (PART == 2) or (
+            (not CAREFUL) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
+        ):
             for t in range(first, last):
                 start_j = (t + tl.where(t >= turn, jump, 0)) * BN
                 if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
                     j = (start_j + tl.arange(0, BN))[None, :]
-                    k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, PART != 1)
+                    k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, CAREFUL or PART != 1)
                     tk_tile = k_tile
                     if T_K:
-                        tk_tile = load_rows(tk, start_j, Nk, stride_tkn, BN, D, DP, PART != 1)
+                        tk_tile = load_rows(
+                            tk, start_j, Nk, stride_tkn, BN, D, DP, CAREFUL or PART != 1
+                        )
                     raw = rows_times_rows(q_tile, k_tile, PRECISION)  # [BM, BN]
                     s, _, derivative = logits(
                         raw, i, j, bias, bias_stride_n, bias_stride_k, slope, scale, softcap,
                         N, Nk, BIAS, ALIBI, SOFTCAP,
                     )  # fmt: skip
-                    seen = visible(mask, i, j, N, Nk, MASK, PART != 1)
+                    seen = visible(mask, i, j, N, Nk, MASK, CAREFUL or PART != 1)
                     p = probabilities(s, top, log_sum, seen)
                     traw = _products(q_tile, tq_tile, k_tile, tk_tile, T_Q, T_K, PRECISION)
                     ts = traw * number(scale, dtype)
@@ -135,11 +140,15 @@ def attention_jvp_kernel(
                             seed_low, seed_high, threshold, factor, BM, BN, dtype,
                         )  # fmt: skip
                         p, moved = p * keep, moved * keep
-                    v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, PART != 1)
-                    acc = _add(acc, moved, v_tile, seen, PART == 3, WIDE, PRECISION)
+                    v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, CAREFUL or PART != 1)
+                    acc = _add(acc, moved, v_tile, seen, CAREFUL, WIDE, PRECISION)
                     if T_V:
-                        tv_tile = load_rows(tv, start_j, Nk, stride_tvn, BN, DV, DVP, PART != 1)
-                        acc = _add(acc, p, tv_tile, seen, PART == 3, WIDE, PRECISION)
+                        tv_tile = load_rows(
+                            tv, start_j, Nk, stride_tvn, BN, DV, DVP, CAREFUL or PART != 1
+                        )
+                        acc = _add(acc, p, tv_tile, seen, CAREFUL, WIDE, PRECISION)
+    if (HIDES) and (not CAREFUL):
+        tl.store(spoiled + tl.program_id(0), any_not_finite(acc).to(tl.int32))
     alive = top != -INF
     if T_SINKS:
         z = tl.full([BM, 1], tl.load(sinks + h).to(dtype) * LOG2E, dtype)

@@ -6,7 +6,7 @@ import triton.language as tl
 from tilewise.shared.triton_math import INF, LOG2E, load_rows, number, rows_times_rows
 
 from .backward import _gradients, _products
-from .tiles import BITS, BOUNDS, INTERVALS, kept, occupied, overlaps, part_of, visible
+from .tiles import BITS, BOUNDS, INTERVALS, kept, overlaps, part_of, visible
 
 
 @triton.jit(do_not_specialize=["N", "Nk", "first_entry", "seed_low", "seed_high", "threshold"])
@@ -20,8 +20,8 @@ def attention_dbias_kernel(
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
     tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
-    scale: "fp64", softcap: "fp64", first_entry,
-    seed_low: "u32", seed_high: "u32", threshold: "u32", factor: "fp64",
+    scale: tl.float64, softcap: tl.float64, first_entry,
+    seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
     dbias, dbias_stride_b, dbias_stride_h, dbias_stride_n, dbias_stride_k,
     BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_N: tl.constexpr, BIAS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
