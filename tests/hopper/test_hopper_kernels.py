@@ -35,8 +35,13 @@ BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of few rows, so that small problems have several; new tensors hold NaN."""
-    tiles = {"forward": (8, 8, 2), "keys": (8, 8, 2), "queries": (8, 16, 2)}
-    monkeypatch.setattr(plan, "_TILES", {kind: {D: sizes} for kind, sizes in tiles.items()})
+    tiles = {
+        "forward": plan.Tile(8, 8, 2, True),
+        "keys": plan.Tile(8, 8, 2, False),
+        "queries": plan.Tile(8, 16, 2, False),
+    }
+    small = {kind: {D: (tile,)} for kind, tile in tiles.items()}
+    monkeypatch.setattr(plan, "CANDIDATES", small)
     for module in (plan, launch):
         monkeypatch.setattr(module, "HEAD_DIMS", dict.fromkeys(tiles, (D,)))
     torch.use_deterministic_algorithms(True)
@@ -100,6 +105,21 @@ def test_results_and_gradients_agree_with_the_reference(emulator: ModuleType, ma
     np.testing.assert_allclose(found.max_logit, expected.max_logit, rtol=1e-5, atol=1e-5)
     for name, got, want in zip("qkv", problem.vjp(device, found), grads[:3], strict=False):
         assert error(got, want) < bound, name
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_every_way_to_order_the_products_agrees(emulator: ModuleType, paired: bool) -> None:
+    problem, device = Problem(tw.causal(), B=1), emulator.Emulated()
+    expected, grads = problem.expected()
+    tiles = {"forward": plan.Tile(8, 16, 4, paired), "keys": plan.Tile(16, 8, 4, paired)}
+    with plan.configured("forward", D, tiles["forward"]), plan.configured("keys", D, tiles["keys"]):
+        found = problem.forward(device)
+        _, dk, dv, *_ = problem.vjp(device, found)
+    constants = [job.plan.constants for job in device.jobs]
+    assert constants[0]["PING_PONG"] is paired and constants[2]["EARLY"] is paired
+    assert error(found.o, expected.o) < BOUND[torch.bfloat16]
+    assert error(dk, grads.dk) < BOUND[torch.bfloat16]
+    assert error(dv, grads.dv) < BOUND[torch.bfloat16]
 
 
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])

@@ -241,7 +241,8 @@ def _tables_for(
         return _upload(make(), like)
     assert isinstance(call.mask, RowIntervals)
     sizes = (call.B, call.H, call.Hk, call.N, call.Nk, call.D, padded)
-    key = (kind, *sizes, chosen.grid, str(like.device))
+    tile = (chosen.constants["BM"], chosen.constants["BN"])
+    key = (kind, *sizes, *tile, chosen.grid, str(like.device))
     kept = _tables_of_mask(call.mask.rows)
     if key not in kept:
         kept[key] = _upload(make(), like)

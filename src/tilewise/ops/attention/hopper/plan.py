@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 from tilewise.shared.launch import Compilation, LaunchPlan
 
-__all__ = ["ARCH", "DTYPES", "HEAD_DIMS", "plan", "planned"]
+__all__ = [
+    "ARCH",
+    "CANDIDATES",
+    "DTYPES",
+    "HEAD_DIMS",
+    "Tile",
+    "configured",
+    "layout_of",
+    "own_rows",
+    "plan",
+    "planned",
+]
 
 ARCH: Final = "sm_90"
 DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16"}
 
-# Rows of a consumer and of a visited tile, and tiles that loads run ahead. More rows do not fit
-# the registers without spills; none of it has been timed.
-_TILES: Final[Mapping[str, Mapping[int, tuple[int, int, int]]]] = {
-    "forward": {64: (64, 128, 4), 128: (64, 128, 2), 256: (64, 32, 4)},
-    "keys": {64: (64, 64, 4), 128: (64, 64, 2)},
-    "queries": {64: (64, 64, 4), 128: (64, 64, 2)},
+
+class Tile(NamedTuple):
+    """A configuration of a kernel.
+
+    Attributes:
+        BM: Rows of a consumer.
+        BN: Rows of a visited tile.
+        stages: Tiles that loads run ahead.
+        paired: Of the forward pass, whether the consumers take turns at the matrix units; of dk
+            and dv, whether both products of a tile are issued at once.
+    """
+
+    BM: int
+    BN: int
+    stages: int
+    paired: bool
+
+
+CANDIDATES: Final[Mapping[str, Mapping[int, tuple[Tile, ...]]]] = {
+    "forward": {
+        64: (Tile(64, 128, 4, True), Tile(64, 128, 4, False), Tile(64, 128, 2, True)),
+        128: (Tile(64, 128, 2, True), Tile(64, 128, 2, False), Tile(64, 64, 4, True)),
+        256: (Tile(64, 32, 4, True), Tile(64, 32, 4, False), Tile(64, 32, 2, True)),
+    },
+    "keys": {
+        64: (Tile(64, 64, 4, True), Tile(64, 64, 4, False), Tile(64, 64, 2, True)),
+        128: (Tile(64, 64, 2, False), Tile(64, 32, 4, True), Tile(64, 32, 4, False)),
+    },
+    "queries": {
+        64: (Tile(64, 64, 4, False), Tile(64, 64, 2, False)),
+        128: (Tile(64, 64, 2, False), Tile(64, 32, 4, False)),
+    },
 }
-HEAD_DIMS: Final = {kind: tuple(tiles) for kind, tiles in _TILES.items()}
+"""Configurations that compile without spills. The first is taken; none of them has been timed."""
+
+HEAD_DIMS: Final = {kind: tuple(tiles) for kind, tiles in CANDIDATES.items()}
+
+_taken: dict[tuple[str, int], Tile] = {}
 
 ROWS: Final = 32
 """Queries of one program of the kernel that gathers row statistics."""
 
 _REGISTERS: Final = 240
 _CONSUMERS: Final = 2
+_PAIRED: Final = {"forward": "PING_PONG", "keys": "EARLY"}
 
 
 def plan(kind: str, D: int, *, programs: int, masked: bool) -> LaunchPlan:
@@ -37,14 +81,25 @@ def plan(kind: str, D: int, *, programs: int, masked: bool) -> LaunchPlan:
         programs: Multiprocessors of the device: each runs one program, which takes several items.
         masked: Whether there is a mask.
     """
-    BM, BN, stages = _TILES[kind][D]
-    constants: dict[str, Any] = {"BM": BM, "BN": BN, "D": D, "STAGES": stages}
+    tile = _taken.get((kind, D)) or CANDIDATES[kind][D][0]
+    constants: dict[str, Any] = {"BM": tile.BM, "BN": tile.BN, "D": D, "STAGES": tile.stages}
     constants |= {"MASKED": masked, "REGS": _REGISTERS}
-    if kind == "forward":
-        constants["PING_PONG"] = True
-    if kind == "keys":
-        constants["EARLY"] = D < 128  # both products of a tile at once, where registers allow
-    return LaunchPlan((programs,), constants, num_warps=4, num_stages=stages)
+    if kind in _PAIRED:
+        constants[_PAIRED[kind]] = tile.paired
+    return LaunchPlan((programs,), constants, num_warps=4, num_stages=tile.stages)
+
+
+@contextmanager
+def configured(kind: str, D: int, tile: Tile) -> Iterator[None]:
+    """Take another configuration of a kernel, to time it."""
+    before = _taken.get((kind, D))
+    _taken[kind, D] = tile
+    try:
+        yield
+    finally:
+        del _taken[kind, D]
+        if before is not None:
+            _taken[kind, D] = before
 
 
 def own_rows(chosen: LaunchPlan) -> int:
@@ -69,6 +124,16 @@ def planned(arch: str) -> Iterator[Compilation]:
             yield _pass("keys", D, dtype, masked)
             yield _pass("queries", D, dtype, masked)
         yield _rows(D)
+    for kind, by_dim in CANDIDATES.items():
+        for D, tiles in by_dim.items():
+            for tile in tiles[1:]:
+                with configured(kind, D, tile):
+                    one = _forward(D, "bf16", True, True) if kind == "forward" else None
+                    one = one or _pass(kind, D, "bf16", True)
+                yield replace(
+                    one,
+                    name=f"{one.name} {tile.BM}x{tile.BN}x{tile.stages}" + " paired" * tile.paired,
+                )
 
 
 def _forward(D: int, dtype: str, masked: bool, full: bool) -> Compilation:
