@@ -92,7 +92,7 @@ def attention_jvp_kernel(
     mean = tl.zeros([BM], dtype)
     has_keys = tl.zeros([BM], tl.int32)
     acc = tl.zeros([BM, DVP], dtype)
-    begin, _, _, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
+    begin, _full, _rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
     for t in range(begin, stop):
         start_j = (t + tl.where(t >= turn, jump, 0)) * BN
         if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
