@@ -72,6 +72,8 @@ def tiles(kind: str, itemsize: int, arch: str) -> Tiles:
         return Tiles(16, 16, 16, 1, 1, steps=2 if kind in ("forward", "jvp") else 1)
     if arch.startswith("gfx") and itemsize == 2 and kind in ("forward", "jvp"):
         return Tiles(64, 32, 64, 8, 3, steps=32)
+    if itemsize == 8:
+        return Tiles(32, 32, 32, 4, 2, steps=32 if kind in ("forward", "jvp") else 1)
     return (_NARROW if itemsize == 2 else _WIDE)[kind]
 
 

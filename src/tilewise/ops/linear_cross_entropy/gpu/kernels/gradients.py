@@ -178,7 +178,7 @@ def linear_cross_entropy_gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], wide)
     if before_ptr is not None:
         acc = _tile(before_ptr + row * N + col, r, c, N, 1, inside)
-    total = tl.zeros([BLOCK_M], wide)
+    total = tl.zeros([BLOCK_M, BLOCK_K if rows_ptr is not None else 1], wide)
     for begin in range(0, K, BLOCK_K):
         start = tl.cast(begin, tl.int64)
         in_a = has_row[:, None] & (start + k < K)[None, :]  # [BLOCK_M, BLOCK_K]
@@ -195,9 +195,10 @@ def linear_cross_entropy_gradient_kernel(
             b2 = _tile(b2_ptr + at_b, k, c, N, 1, in_b)
             acc = tl.dot(a2, b2.to(a2.dtype), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         if rows_ptr is not None:
-            total += tl.sum(a.to(wide), axis=1)
+            total += a.to(wide)
     at = (row * N + col) + r[:, None] * N + c[None, :]
     tl.store(after_ptr + at, acc.to(after_ptr.dtype.element_ty), mask=inside)
     if rows_ptr is not None:
         first = tl.program_id(1) == 0
-        tl.store(rows_ptr + row + r, total.to(rows_ptr.dtype.element_ty), mask=has_row & first)
+        of_rows = tl.sum(total, axis=1).to(rows_ptr.dtype.element_ty)
+        tl.store(rows_ptr + row + r, of_rows, mask=has_row & first)
