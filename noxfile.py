@@ -106,6 +106,14 @@ def tsan(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Every GPU kernel compiled without a GPU: no spills, and as docs/gpu-resources.md says."""
+    install(session, ".[triton]")
+    code = "from tilewise.cli import main; main()"
+    session.run("python", "-c", code, "plan", "--check", "docs/gpu-resources.md", *session.posargs)
+
+
+@nox.session
 def clang(session: nox.Session) -> None:
     """The whole suite against the core as clang compiles it."""
     if shutil.which("clang++") is None:

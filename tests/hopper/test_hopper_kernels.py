@@ -184,12 +184,33 @@ def test_a_nan_that_is_attended_to_reaches_its_rows_alone(emulator: ModuleType) 
     assert torch.equal(o.isnan(), bad)
 
 
-@pytest.mark.parametrize("name", ["k", "v"])
-def test_values_that_a_mask_could_not_hide_are_refused(emulator: ModuleType, name: str) -> None:
-    problem = Problem(tw.causal())
-    getattr(problem, name)[0, 0, 3, 1] = torch.inf
-    with pytest.raises(Unsupported, match=f"does not serve masks where {name} holds NaN"):
-        problem.forward(emulator.Emulated())
+def test_values_that_a_mask_could_not_hide_are_refused(emulator: ModuleType) -> None:
+    problem, device = Problem(tw.causal(), B=1), emulator.Emulated()
+    found = problem.forward(device)
+    for name, value in (
+        ("q", torch.nan),
+        ("k", torch.inf),
+        ("do", -torch.inf),
+        ("dlse", torch.nan),
+    ):
+        kept = getattr(problem, name).clone()
+        getattr(problem, name).view(-1)[3] = value
+        with pytest.raises(Unsupported, match=f"does not serve masks where {name} holds NaN"):
+            problem.vjp(device, found)
+        getattr(problem, name).copy_(kept)
+    problem.v[0, 0, 3, 1] = torch.nan
+    for call in (lambda: problem.forward(device), lambda: problem.vjp(device, found)):
+        with pytest.raises(Unsupported, match="does not serve masks where v holds NaN"):
+            call()
+
+
+def test_a_hidden_nan_of_a_key_reaches_no_output(emulator: ModuleType) -> None:
+    problem = Problem(tw.causal(), B=1, H=2, HK=1, N=NK)
+    clean = problem.forward(emulator.Emulated()).o
+    problem.k[0, 0, 29] = torch.nan
+    spoiled = problem.forward(emulator.Emulated()).o
+    assert torch.equal(spoiled[:, :, :29], clean[:, :, :29])
+    assert spoiled[:, :, 29:].isnan().all()
 
 
 def test_large_logits_keep_the_sum_of_their_row(emulator: ModuleType) -> None:

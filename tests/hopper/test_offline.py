@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewise.cli.plan import differences, page, row, tables
+from tilewise.cli.plan import differences, page, read_page, row, rows_of, tables
 from tilewise.hardware.gpus import GPUS
 from tilewise.hardware.offline import Resources
 
@@ -100,21 +100,29 @@ def test_what_no_kernel_should_do_is_a_fault(more: dict[str, object], fault: str
     assert fault in found
 
 
-def test_a_page_differs_where_a_row_has_changed() -> None:
+def test_a_page_differs_where_a_row_has_changed(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    text = page([resources(), resources(arch="sm_80", name="other")])
-    assert differences([resources()], text) == []
-    assert row(resources()) in text and "## sm_80 (A100)" in text
-    (changed,) = differences([resources(registers=176)], text)
+    one, other = resources(), resources(arch="sm_80", name="other")
+    path = tmp_path / "page.md"
+    path.write_text(page(rows_of([one, other])), encoding="utf-8")
+    assert row(one) in path.read_text(encoding="utf-8")
+    known = read_page(path)
+    assert known == rows_of([one, other])
+    assert differences(rows_of([one]), known) == []
+    (changed,) = differences(rows_of([resources(registers=176)]), known)
     assert "sm_90 some kernel" in changed and "176" in changed
+    assert differences(rows_of([one]), known, whole=True) == [
+        "sm_80 other: there is no such kernel"
+    ]
     # The same row of another architecture does not count.
-    assert differences([resources(name="other")], text)
-    (version,) = differences([resources()], text.replace("as Triton", "as an old Triton"))
-    assert "another version" in version
+    assert differences(rows_of([resources(name="other")]), known)
+    path.write_text(path.read_text("utf-8").replace("as Triton", "as an old Triton"), "utf-8")
+    (version,) = differences(rows_of([one]), read_page(path))
+    assert "not made by Triton" in version
 
 
 def test_tables_have_a_part_for_each_architecture() -> None:
-    text = tables([resources(), resources(arch="gfx942", instructions={})])
+    text = tables(rows_of([resources(), resources(arch="gfx942", instructions={})]))
     assert text.count("\n|---|") == 2
     assert "| some kernel | 168 | 0 | 3.5 | 384 | 1 | 17 wgmma, 3 tma_load |" in text
     assert "| none |" in text.partition("gfx942")[2]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +50,9 @@ def plan(
     arch: Annotated[
         list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all by default.")
     ] = None,
-    match: Annotated[list[str] | None, typer.Option(help="Only kernels of this name.")] = None,
+    match: Annotated[
+        list[str] | None, typer.Option(help="Only kernels of this name; * stands for anything.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Compilers at a time.")] = None,
     write: Annotated[Path | None, typer.Option(help="Write the page with the tables.")] = None,
     check: Annotated[Path | None, typer.Option(help="Compare with the page.")] = None,
@@ -62,15 +65,17 @@ def plan(
     found = list(compiled(wanted, match or [], jobs))
     if not found:
         raise value_error("plan", "--match", "name a kernel of the architectures", repr(match))
+    rows = rows_of(found)
     if write is not None:
-        replace_text(write, page(found))
+        kept = read_page(write) if (arch or match) and write.exists() else {}
+        replace_text(write, page({name: kept.get(name, {}) | rows.get(name, {}) for name in GPUS}))
     if as_json:
         print(json.dumps([one.as_dict() for one in found]))
     else:
-        print(tables(found))
+        print(tables(rows))
     wrong = [f"{one.arch} {one.name}: {fault}" for one in found for fault in one.faults()]
     if check is not None:
-        wrong += differences(found, check.read_text(encoding="utf-8"))
+        wrong += differences(rows, read_page(check), whole=not (arch or match))
     for line in wrong:
         print(line)
     if wrong:
@@ -84,7 +89,7 @@ def compiled(
 
     Args:
         arches: The architectures.
-        names: Only kernels that have one of these; all where there is none.
+        names: Only kernels that one of these patterns fits; all where there is none.
         jobs: How many compilers run at a time; as many as there are cores by default.
     """
     work = [
@@ -92,7 +97,7 @@ def compiled(
         for arch in arches
         for module in planning_modules()
         for name in _names(module, arch)
-        if not names or name in names
+        if not names or any(fnmatchcase(name, pattern) for pattern in names)
     ]
     # Compilers run in processes of their own, where kernels are not interpreted.
     interpret = os.environ.pop(_INTERPRET, None)
@@ -124,21 +129,16 @@ def _built(module: str, arch: str, name: str) -> Resources:
     return build(next(one for one in planned if one.name == name), arch)
 
 
-def page(found: Iterable[Resources]) -> str:
-    """Return the page with what every kernel needs."""
-    return _PAGE.format(triton=version("triton")) + tables(found)
+Rows = dict[str, dict[str, str]]
+"""For each architecture and the name of each kernel, its row of the table."""
 
 
-def tables(found: Iterable[Resources]) -> str:
-    """Return a Markdown table for each architecture."""
-    by_arch: dict[str, list[str]] = {}
+def rows_of(found: Iterable[Resources]) -> Rows:
+    """Return the rows of kernels."""
+    rows: Rows = {}
     for one in found:
-        by_arch.setdefault(one.arch, []).append(row(one))
-    parts = [
-        f"## {arch} ({GPUS[arch].name})\n\n{_HEAD}\n" + "\n".join(rows) + "\n"
-        for arch, rows in by_arch.items()
-    ]
-    return "\n".join(parts)
+        rows.setdefault(one.arch, {})[one.name] = row(one)
+    return rows
 
 
 def row(one: Resources) -> str:
@@ -155,14 +155,52 @@ def row(one: Resources) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def differences(found: Iterable[Resources], text: str) -> list[str]:
-    """Return how a page differs from what the compiler says of some kernels."""
-    made_by = f"as Triton {version('triton')} compiles them"
-    if made_by not in " ".join(text.split()):
-        return [f"the page was made by another version of Triton than {version('triton')}"]
-    sections = {part.split(" ", 1)[0]: part for part in text.split("\n## ")[1:]}
-    return [
-        f"{one.arch} {one.name}: the page does not have the row {row(one)}"
-        for one in found
-        if row(one) not in sections.get(one.arch, "")
+def page(rows: Rows) -> str:
+    """Return the page with the rows of every kernel."""
+    return _PAGE.format(triton=version("triton")) + tables(rows)
+
+
+def tables(rows: Rows) -> str:
+    """Return a Markdown table for each architecture that has rows."""
+    parts = [
+        f"## {arch} ({GPUS[arch].name})\n\n{_HEAD}\n"
+        + "\n".join(of_arch[name] for name in sorted(of_arch))
+        + "\n"
+        for arch, of_arch in rows.items()
+        if of_arch
     ]
+    return "\n".join(parts)
+
+
+def read_page(path: Path) -> Rows:
+    """Return the rows of a page; none of them where another version of Triton made it."""
+    text = path.read_text(encoding="utf-8")
+    if f"as Triton {version('triton')} compiles them" not in " ".join(text.split()):
+        return {}
+    rows: Rows = {}
+    for part in text.split("\n## ")[1:]:
+        lines = part.splitlines()
+        of_arch = [line for line in lines if line.startswith("| ")][1:]
+        rows[lines[0].split(" ", 1)[0]] = {line[2:].split(" | ")[0]: line for line in of_arch}
+    return rows
+
+
+def differences(rows: Rows, page: Rows, *, whole: bool = False) -> list[str]:
+    """Return how a page differs from what the compiler says now.
+
+    Args:
+        rows: What the compiler says.
+        page: The rows of the page.
+        whole: Whether the page must have no other rows.
+    """
+    if not page:
+        return [f"the page was not made by Triton {version('triton')}"]
+    said = [(arch, name, text) for arch, of in rows.items() for name, text in of.items()]
+    wrong = [
+        f"{arch} {name}: the page does not have the row {text}"
+        for arch, name, text in said
+        if page.get(arch, {}).get(name) != text
+    ]
+    known = {(arch, name) for arch, name, _ in said}
+    others = [(arch, name) for arch, of in page.items() for name in of if (arch, name) not in known]
+    return wrong + [f"{arch} {name}: there is no such kernel" for arch, name in others if whole]

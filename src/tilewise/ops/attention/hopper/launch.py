@@ -105,7 +105,7 @@ def forward(call: AttentionCall, want: Want, device: Device) -> AttentionOutputs
     """Compute attention tile by tile; `o` is a `(B, H, N, Dv)` view in the layout of the call."""
     if want.entropy:
         raise unsupported(NAME, "implementation 'hopper' does not compute entropy")
-    _check_values(call)
+    _check_values(call, v=call.v)
     q, k, v = (_by_tiles(x) for x in (call.q, call.k, call.v))
     chosen = _plan("forward", call, device)
     o = _empty(call, q, call.H, call.N)
@@ -139,9 +139,9 @@ def vjp(
     if call.D not in HEAD_DIMS["keys"]:
         dims = ", ".join(map(str, HEAD_DIMS["keys"]))
         raise unsupported(NAME, f"implementation 'hopper' has gradients for D in {dims} alone")
-    _check_values(call)
+    do, dlse = cotangents.do, cotangents.dlse
+    _check_values(call, q=call.q, k=call.k, v=call.v, do=do, dlse=dlse)
     q, k, v = (_by_tiles(x) for x in (call.q, call.k, call.v))
-    do = cotangents.do
     do = _zeros(q, call) if do is None else _by_tiles(do)
     rows = _gather_rows(call, cotangents, do, device)
     given = {"q": q, "k": k, "v": v, "do": do}
@@ -288,18 +288,20 @@ def _upload(array: np.ndarray[Any, Any], like: Tensor) -> Tensor:
     return like.new_tensor(array, dtype=like.new_empty(0).int().dtype)
 
 
-def _check_values(call: AttentionCall) -> None:
+def _check_values(call: AttentionCall, **given: Tensor | None) -> None:
     """Raise where a hidden NaN or infinity would reach a result.
 
     A tile that a mask cuts is multiplied whole: 0 times a hidden NaN is NaN.
     """
     if call.mask is None:
         return
-    given: dict[str, Tensor] = {"k": call.k, "v": call.v}
-    for name, x in given.items():
-        if not all(math.isfinite(end.item()) for end in x.aminmax()):
-            reason = f"does not serve masks where {name} holds NaN or infinity"
-            raise unsupported(NAME, f"implementation 'hopper' {reason}")
+    ends = {name: x.aminmax() for name, x in given.items() if x is not None}
+    # A number less itself is 0, unless it is not finite: so the GPU is waited for once.
+    if math.isfinite(sum(end - end for pair in ends.values() for end in pair)):
+        return
+    wrong = [n for n, pair in ends.items() if not all(math.isfinite(end) for end in pair)]
+    reason = f"does not serve masks where {', '.join(wrong)} holds NaN or infinity"
+    raise unsupported(NAME, f"implementation 'hopper' {reason}")
 
 
 def _by_tiles(x: Tensor) -> Tensor:
