@@ -134,6 +134,7 @@ class Implementation:
         jvp_jvp: ``(call, second) -> tangents of the output tangents``, or None.
         reduces: Of a loss: whether it reduces losses and their tangents itself, and takes
             cotangents of reduced ones; otherwise it has those of rows.
+        interprets: Whether it is one for a GPU whose kernels are interpreted here, on the CPU.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Implementation:
     refuses: Callable[[Any], str | None] = _serves_every_call
     jvp_jvp: Callable[..., Any] | None = None
     reduces: bool = False
+    interprets: bool = False
 
 
 @dataclass(frozen=True)
