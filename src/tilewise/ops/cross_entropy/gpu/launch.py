@@ -34,7 +34,7 @@ from tilewise.shared.row_tiles import (
     whole_strides,
     wide_like,
 )
-from tilewise.shared.triton_launch import launch
+from tilewise.shared.triton_launch import INTERPRETS, launch
 from tilewise.shared.triton_losses import mean_factor_kernel, reduce_rows_kernel
 from tilewise.shared.triton_rows import sum_parts_kernel
 
@@ -260,4 +260,6 @@ def _cotangents(prefix: str, given: Cotangents) -> dict[str, Tensor | None]:
     return {f"{prefix}_ptr": loss, f"{prefix}_lse_ptr": lse, f"{prefix}_z_ptr": z_loss}
 
 
-IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, reduces=True)
+IMPLEMENTATION = Implementation(
+    "triton", forward, vjp, jvp, vjp_jvp, reduces=True, interprets=INTERPRETS
+)

@@ -34,7 +34,7 @@ from tilewise.shared.row_tiles import (
     reduction_plan,
     wide_like,
 )
-from tilewise.shared.triton_launch import architecture, launch
+from tilewise.shared.triton_launch import INTERPRETS, architecture, launch
 from tilewise.shared.triton_losses import mean_factor_kernel, reduce_rows_kernel
 from tilewise.shared.triton_rows import sum_parts_kernel
 
@@ -240,15 +240,16 @@ class _Strips:
         moved = (None, None) if tangents is None else (tangents.thidden, tangents.tweight)
         self.thidden, self.tweight = dense(*moved)
         self.cut = at.tiles("vjp" if tangents is None else "vjp_jvp")
-        self.product = at.tiles("gradient")
+        kind = "gradient" if tangents is None else "two_gradients"
+        # float16 lacks the range of cotangents, which are as small as one token's part of a mean.
+        stored = at.wide if at.dtype == "float16" else at.hidden
+        self.product = tiles(kind, stored.dtype.itemsize, architecture())
         self.width = strip(at.T, at.V, self.cut.cols, self.product.inner)
         self.dhidden = empty((at.T, at.C), at.hidden) if needed.hidden else None
         self.dweight = empty((at.V, at.C), at.weight) if needed.weight else None
         self.dbias = None
         if needed.bias and at.bias is not None:
             self.dbias = empty((at.V,), at.bias)
-        # float16 lacks the range of cotangents, which are as small as one token's part of a mean.
-        stored = at.wide if at.dtype == "float16" else at.hidden
         self.dz = empty((at.T, self.width), stored)
         self.tdz = None if tangents is None else empty((at.T, self.width), stored)
         self.live = empty((at.T,), at.targets.char())
@@ -377,4 +378,6 @@ def _cotangents(
     return {f"{prefix}_ptr": loss, f"{prefix}_lse_ptr": lse, f"{prefix}_entropy_ptr": entropy}
 
 
-IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, reduces=True)
+IMPLEMENTATION = Implementation(
+    "triton", forward, vjp, jvp, vjp_jvp, reduces=True, interprets=INTERPRETS
+)

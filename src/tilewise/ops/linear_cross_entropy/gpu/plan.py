@@ -50,6 +50,7 @@ _NARROW = {
     "vjp": Tiles(64, 128, 64, 8, 3),
     "vjp_jvp": Tiles(64, 64, 64, 8, 3),
     "gradient": Tiles(128, 128, 64, 8, 3),
+    "two_gradients": Tiles(128, 128, 64, 8, 2),
 }
 _WIDE = {
     "forward": Tiles(64, 32, 32, 8, 2, steps=32),
@@ -57,6 +58,14 @@ _WIDE = {
     "vjp": Tiles(64, 64, 32, 8, 2),
     "vjp_jvp": Tiles(64, 32, 32, 8, 2),
     "gradient": Tiles(64, 64, 32, 8, 2),
+    "two_gradients": Tiles(64, 64, 32, 8, 2),
+}
+# Shared memory of 64 KiB, and masks that take scalar registers.
+_NARROW_AMD = _NARROW | {
+    "forward": Tiles(64, 32, 64, 8, 3, steps=32),
+    "jvp": Tiles(64, 32, 64, 8, 3, steps=32),
+    "gradient": Tiles(128, 128, 64, 8, 2),
+    "two_gradients": Tiles(128, 128, 32, 8, 2),
 }
 
 
@@ -64,17 +73,17 @@ def tiles(kind: str, itemsize: int, arch: str) -> Tiles:
     """Return the tiles of a kernel; they do not depend on the sizes of a call.
 
     Args:
-        kind: forward, jvp, vjp, vjp_jvp or gradient, the product that ends the last two.
-        itemsize: Bytes of an entry.
+        kind: forward, jvp, vjp, vjp_jvp, or the products that end the last two: gradient and
+            two_gradients.
+        itemsize: Bytes of an entry, for products of one of the stored cotangents.
         arch: "sm_80", "sm_90", "sm_100", "gfx942" or `INTERPRETER`.
     """
     if arch == INTERPRETER:
         return Tiles(16, 16, 16, 1, 1, steps=2 if kind in ("forward", "jvp") else 1)
-    if arch.startswith("gfx") and itemsize == 2 and kind in ("forward", "jvp"):
-        return Tiles(64, 32, 64, 8, 3, steps=32)
     if itemsize == 8:
         return Tiles(32, 32, 32, 4, 2, steps=32 if kind in ("forward", "jvp") else 1)
-    return (_NARROW if itemsize == 2 else _WIDE)[kind]
+    narrow = _NARROW_AMD if arch.startswith("gfx") else _NARROW
+    return (narrow if itemsize == 2 else _WIDE)[kind]
 
 
 def strip(T: int, V: int, cols: int, inner: int) -> int:
@@ -103,8 +112,9 @@ def planned(arch: str) -> Iterator[Compilation]:
     """Return the configurations that are compiled without a GPU."""
     from . import kernels
 
-    for name, short in (("bfloat16", "bf16"), ("float32", "fp32")):
-        yield from _of_logits(name, short, arch, kernels)
+    for name, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+        if name != "float16":  # the logits are made as those of bfloat16
+            yield from _of_logits(name, short, arch, kernels)
         yield from _of_gradients(name, short, arch, kernels.linear_cross_entropy_gradient_kernel)
     rows = ("loss", "z_loss", "lse", "m", "log_l", "entropy", "parts")
     tensors = dict.fromkeys(rows, "fp32") | dict.fromkeys(("targets", "argmax"), "i64")
@@ -143,14 +153,16 @@ def _of_logits(name: str, short: str, arch: str, kernels: Any) -> Iterator[Compi
 
 def _of_gradients(name: str, short: str, arch: str, kernel: Any) -> Iterator[Compilation]:
     """Return the configurations of the products that end gradients."""
-    cut = tiles("gradient", _itemsize(short), arch)
+    stored = "fp32" if name == "float16" else short
     for side, more, dense in (
         ("hidden", {"after": short}, "a_inner"),
         ("hidden, first strip", {"after": "fp32"}, "a_inner"),
         ("weight", {"after": short, "live": "i8", "rows": short}, "a_row"),
-        ("hidden, of tangents", {"after": short, "a2": short, "b2": short}, "a_inner"),
+        ("hidden, of tangents", {"after": short, "a2": stored, "b2": short}, "a_inner"),
     ):
-        tensors = {"a": short, "b": short, "before": "fp32", **more}
+        kind = "two_gradients" if "a2" in more else "gradient"
+        cut = tiles(kind, _itemsize(stored), arch)
+        tensors = {"a": stored, "b": short, "before": "fp32", **more}
         constants = {"PRECISION": precision(name), dense: 1}
         title = f"{_STEM}gradient by {side}, {name}"
         yield _compilation(title, kernel, tensors, cut, "MNK", constants)
