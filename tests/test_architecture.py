@@ -36,7 +36,6 @@ PLACES = {
         "tilewise.shared.triton_math",
         "tilewise.hardware.offline",
         "tilewise.bench.board_steps",
-        "tilewise.torch.gpu",
     ),
     "jax": ("tilewise.jax", "tilewise.distributed", "tilewise.bench"),
     "transformers": ("tilewise.transformers",),

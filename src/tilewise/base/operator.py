@@ -132,6 +132,7 @@ class Implementation:
         forward_jvp: ``(call, want, tangents) -> outputs and their tangents`` in one pass, or None.
         refuses: ``call -> why this call is not served, or None``.
         jvp_jvp: ``(call, second) -> tangents of the output tangents``, or None.
+        interprets: Whether it is one for a GPU whose kernels are interpreted here, on the CPU.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Implementation:
     forward_jvp: Callable[..., Any] | None = None
     refuses: Callable[[Any], str | None] = _serves_every_call
     jvp_jvp: Callable[..., Any] | None = None
+    interprets: bool = False
 
 
 @dataclass(frozen=True)

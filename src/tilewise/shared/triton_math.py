@@ -9,6 +9,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+ROUNDED, WIDE, SPLIT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -89,11 +90,20 @@ def rows_times_rows(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def weigh(acc, w, x, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return `acc + w x` of `[R, C] [R, K] [K, C]`; w is rounded to the dtype of x unless WIDE."""
-    if WIDE:
+def weigh(acc, w, x, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return `acc + w x` of `[R, C] [R, K] [K, C]`.
+
+    ROUNDED rounds w to the dtype of x; SPLIT takes what that leaves out as a second w; WIDE takes
+    x to the dtype of w.
+    """
+    if WEIGHTS == WIDE:
         x = x.to(w.dtype)
-    return tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    first = w.to(x.dtype)
+    acc = tl.dot(first, x, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if WEIGHTS == SPLIT:
+        left = (w - first.to(w.dtype)).to(x.dtype)
+        acc = tl.dot(left, x, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
 
 
 @triton.jit
@@ -102,7 +112,7 @@ def weigh_attended(
     w,
     x,
     seen,
-    WIDE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Return `acc + w x` where a row of x that is not finite reaches only the rows that see it.
@@ -114,7 +124,7 @@ def weigh_attended(
     full = x.to(acc.dtype)
     kept = finite(full)
     spoiled = tl.max(tl.where(kept, 0, 1), 1)  # [K]
-    acc = weigh(acc, w, tl.where(kept, full, 0.0).to(x.dtype), WIDE, PRECISION)
+    acc = weigh(acc, w, tl.where(kept, full, 0.0).to(x.dtype), WEIGHTS, PRECISION)
     for t in range(ROWS):
         if tl.max(tl.where(r == t, spoiled, 0), 0) > 0:
             row = tl.sum(tl.where((r == t)[:, None] & (kept == 0), full, 0.0), 0)  # [C]

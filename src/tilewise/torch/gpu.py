@@ -209,7 +209,7 @@ def _chosen(operator: str, implementation: str | None, first: Any) -> str:
     """Return the name of the implementation that a call on a device gets, or raise."""
     if first.is_cpu:
         assert implementation is not None
-        if not device_interprets(operator, implementation):
+        if not device_implementation(operator, implementation).interprets:
             reason = f"computes on a GPU, got q on {first.device}"
             raise unsupported(operator, f"implementation {implementation!r}: {reason}")
         return implementation
@@ -222,14 +222,6 @@ def _chosen(operator: str, implementation: str | None, first: Any) -> str:
         reason = f"computes on the CPU, got a tensor on {first.device}"
         raise unsupported(operator, f"implementation {implementation!r}: {reason}")
     return implementation
-
-
-def device_interprets(operator: str, implementation: str) -> bool:
-    """Return whether the kernels of an implementation are interpreted, on the CPU."""
-    device_implementation(operator, implementation)
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 def _readable(tensor: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from tilewise.base.errors import unsupported
 from tilewise.base.operator import Implementation
 from tilewise.dispatch import device_implementation
 
@@ -22,15 +23,13 @@ def on_arrays(operator: str, name: str) -> Implementation:
     Raises:
         Unsupported: There is neither, or the package that it needs is not installed.
     """
-    from tilewise.base.errors import unsupported
-    from tilewise.torch.gpu import adapted, device_interprets, missing
+    from tilewise.torch.gpu import adapted, missing
 
     own = device_implementation(operator, name)
-    interprets = device_interprets(operator, name)
-    reason = None if interprets else missing()
+    reason = None if own.interprets else missing()
     if reason is not None:
         raise unsupported(operator, f"implementation {name!r}: {reason}")
-    device = "cpu" if interprets else "cuda"
+    device = "cpu" if own.interprets else "cuda"
 
     def to_tensor(array: NDArray[Any]) -> Any:
         plain = array.view("int16") if array.dtype == "uint16" else array

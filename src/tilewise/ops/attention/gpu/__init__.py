@@ -1,5 +1,5 @@
 """Attention in Triton, for tensors of a GPU."""
 
-from .launch import IMPLEMENTATION, INTERPRETS
+from .launch import IMPLEMENTATION
 
-__all__ = ["IMPLEMENTATION", "INTERPRETS"]
+__all__ = ["IMPLEMENTATION"]

@@ -452,4 +452,6 @@ def refuses(call: AttentionCall) -> str | None:
     return None
 
 
-IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, forward_jvp, refuses)
+IMPLEMENTATION = Implementation(
+    "triton", forward, vjp, jvp, vjp_jvp, forward_jvp, refuses, interprets=INTERPRETS
+)

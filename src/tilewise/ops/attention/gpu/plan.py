@@ -11,6 +11,7 @@ from tilewise.shared.launch import Compilation, LaunchPlan
 INTERPRETER = "interpreter"
 """The architecture of Triton's interpreter, whose tiles are small so that tests have several."""
 
+_ROUNDED, _WIDE, _SPLIT = 0, 1, 2
 _LEAST = 16  # the smallest extent of a product
 
 
@@ -47,24 +48,36 @@ def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, 
         return 64, 64, 4, 1
     size = 0 if width <= 64 else 1 if width <= 128 else 2
     if dtype in ("float32", "float64"):
-        return ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1))[size]
-    if kind == "fwd":
-        return ((128, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 1))[size]
-    return ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1))[size]
+        return ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))[size]
+    return _TILES[kind.replace("dbias", "dq")][size]
+
+
+_TILES = {
+    "fwd": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+    "dq": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
+    "dkv": ((64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
+    "jvp": ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
+    "second_dq": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
+    "second_dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+}
+"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers."""
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
-    """Return how products are rounded.
+    """Return how the weights of sums are rounded that multiply values of 16 bits.
 
-    Weights of 16-bit values are rounded to their dtype, except where that would cost digits that
-    the results have: gradients in float16 may be smaller than its numbers, and a tangent subtracts
-    what the output, computed from unrounded ones, carries.
+    To their dtype, as the other factor has no more digits; but a tangent subtracts what the output
+    carries, which was summed from other roundings, and gradients in float16 may be smaller than its
+    numbers: there they keep their digits.
     """
-    narrow = dtype in ("float16", "bfloat16")
-    wide = narrow and (kind not in ("fwd", "dq", "dkv") or (kind != "fwd" and dtype == "float16"))
-    # Only products of 32 bits are split: three of fewer bits have their digits.
-    split = wide and arch.startswith("sm_")
-    return {"WIDE": wide, "PRECISION": "tf32x3" if split else "ieee"}
+    weights = _ROUNDED
+    if dtype == "float16" and kind != "fwd":
+        weights = _WIDE
+    elif dtype == "bfloat16" and (kind == "jvp" or kind.startswith("second_")):
+        weights = _SPLIT
+    # Only products of 32 bits are split, into three: those of 16 bits are exact.
+    split = weights == _WIDE and arch.startswith("sm_")
+    return {"WEIGHTS": weights, "PRECISION": "tf32x3" if split else "ieee"}
 
 
 def planned(arch: str) -> Iterator[Compilation]:
@@ -74,17 +87,17 @@ def planned(arch: str) -> Iterator[Compilation]:
         arch: "sm_80", "sm_90", "sm_100" or "gfx942".
     """
     causal, every = {"MASK": 1}, dict.fromkeys(_OPTIONS, True) | {"MASK": 1}
+    passes = ("fwd", "dq", "dkv", "jvp", "second_dq", "second_dkv")
     for D in (64, 128):
-        for kind in ("fwd", "dq", "dkv", "jvp", "second_dq", "second_dkv"):
-            yield _compilation(kind, D, "bfloat16", arch, {})
+        for kind in passes:
             yield _compilation(kind, D, "bfloat16", arch, causal)
-    for kind in ("fwd", "dq", "dkv", "dbias", "jvp", "second_dq", "second_dkv", "second_dbias"):
+    for kind in ("fwd", "dq", "dkv"):
+        yield _compilation(kind, 64, "bfloat16", arch, {})
+        yield _compilation(kind, 64, "float16", arch, causal)
+        yield _compilation(kind, 64, "float32", arch, causal)
+    for kind in (*passes, "dbias"):
         yield _compilation(kind, 64, "bfloat16", arch, every)
-    for dtype in ("float16", "float32", "float64"):
-        for kind in ("fwd", "dq", "dkv", "jvp"):
-            yield _compilation(kind, 64, dtype, arch, causal)
     yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
-    yield _compilation("dkv", 64, "bfloat16", arch, {"MASK": 2})
     for kind in ("bounds", "delta", "dsinks"):
         yield _compilation(kind, 64, "bfloat16", arch, {})
 

@@ -49,12 +49,12 @@ def _products(a, ta, b, tb, T_A: tl.constexpr, T_B: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def _add(acc, w, x, seen, CAREFUL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def _add(acc, w, x, seen, CAREFUL: tl.constexpr, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr):
     """Return `acc + w x`; CAREFUL where x may hold what is hidden and not finite."""
     if CAREFUL:
-        acc = weigh_attended(acc, w, x, seen, WIDE, PRECISION)
+        acc = weigh_attended(acc, w, x, seen, WEIGHTS, PRECISION)
     else:
-        acc = weigh(acc, w, x, WIDE, PRECISION)
+        acc = weigh(acc, w, x, WEIGHTS, PRECISION)
     return acc
 
 
@@ -220,7 +220,7 @@ def attention_dq_kernel(
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SECOND: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, TDO: tl.constexpr,
     HIDES: tl.constexpr, CAREFUL: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WEIGHTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of queries of one head, or its tangent: a walk over the keys.
@@ -230,6 +230,8 @@ def attention_dq_kernel(
     if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
         return
     dtype: tl.constexpr = m.dtype.element_ty
+    # One loop for all tiles keeps a kernel small that is large already.
+    WHOLE: tl.constexpr = CAREFUL or SECOND
     query_tiles = (N + BM - 1) // BM
     tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
     b, h = at // H, at % H
@@ -283,17 +285,17 @@ def attention_dq_kernel(
             first, last = full, rest
         else:
             first, last = rest, stop
-        if CAREFUL:
+        if WHOLE:
             first, last = begin, stop
         if (PART == 2) or (
-            (not CAREFUL) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
+            (not WHOLE) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
         ):
             for t in range(first, last):
                 start_j = (t + tl.where(t >= turn, jump, 0)) * BN
                 if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
                     j = (start_j + tl.arange(0, BN))[None, :]
-                    k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, CAREFUL or PART != 1)
-                    v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, CAREFUL or PART != 1)
+                    k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, WHOLE or PART != 1)
+                    v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, WHOLE or PART != 1)
                     raw = rows_times_rows(q_tile, k_tile, PRECISION)  # [BM, BN]
                     dp = rows_times_rows(do_tile, v_tile, PRECISION)  # [BM, BN]
                     traw, tdp, keep = raw, dp, raw
@@ -311,7 +313,7 @@ def attention_dq_kernel(
                             start_i, start_j, Nk - N, h, first_entry + b,
                             seed_low, seed_high, threshold, factor, BM, BN, dtype,
                         )  # fmt: skip
-                    seen = visible(mask, i, j, N, Nk, MASK, CAREFUL or PART != 1)
+                    seen = visible(mask, i, j, N, Nk, MASK, WHOLE or PART != 1)
                     _, _, dx, _, _, tdx = _gradients(
                         raw, traw, dp, tdp, keep, seen, i, j,
                         top, log_sum, delta_row, tlse_row, tdelta_row,
@@ -320,9 +322,9 @@ def attention_dq_kernel(
                         slope, scale, softcap, N, Nk,
                         BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                     )  # fmt: skip
-                    acc = _add(acc, tdx, k_tile, seen, CAREFUL, WIDE, PRECISION)
+                    acc = _add(acc, tdx, k_tile, seen, CAREFUL, WEIGHTS, PRECISION)
                     if SECOND and T_K:
-                        acc = _add(acc, dx, tk_tile, seen, CAREFUL, WIDE, PRECISION)
+                        acc = _add(acc, dx, tk_tile, seen, CAREFUL, WEIGHTS, PRECISION)
     if (HIDES) and (not CAREFUL):
         tl.store(spoiled + tl.program_id(0), any_not_finite(acc).to(tl.int32))
     acc = tl.where(top != -INF, acc, 0.0) * number(scale, dtype)
@@ -348,7 +350,7 @@ def attention_dkv_kernel(
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, TDO: tl.constexpr,
     D_K: tl.constexpr, D_V: tl.constexpr,
     HIDES: tl.constexpr, CAREFUL: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WEIGHTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of keys and values, or their tangents: a walk over the queries.
@@ -358,6 +360,7 @@ def attention_dkv_kernel(
     if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
         return
     dtype: tl.constexpr = m.dtype.element_ty
+    WHOLE: tl.constexpr = CAREFUL or SECOND
     query_tiles, key_tiles = (N + BM - 1) // BM, (Nk + BN - 1) // BN
     tile, at = tl.program_id(0) % key_tiles, tl.program_id(0) // key_tiles
     Hk = H // group
@@ -403,10 +406,10 @@ def attention_dkv_kernel(
                 first, last = full, rest
             else:
                 first, last = rest, stop
-            if CAREFUL:
+            if WHOLE:
                 first, last = begin, stop
             if (PART == 2) or (
-                (not CAREFUL) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
+                (not WHOLE) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
             ):
                 for t in range(first, last):
                     start_i = t * BM
@@ -463,7 +466,7 @@ def attention_dkv_kernel(
                                 )
                             )
                         i = i[None, :]
-                        seen = visible(mask_part, i, j, N, Nk, MASK, CAREFUL or PART != 1)
+                        seen = visible(mask_part, i, j, N, Nk, MASK, WHOLE or PART != 1)
                         w, _, dx, tw, _, tdx = _gradients(
                             raw, traw, dp, tdp, keep, seen, i, j,
                             top, log_sum, delta_row, tlse_row, tdelta_row,
@@ -472,18 +475,18 @@ def attention_dkv_kernel(
                             slope, scale, softcap, N, Nk,
                             BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                         )  # fmt: skip
-                        attended = seen & (top != -INF)
+                        alive = seen & (top != -INF)
                         if D_V:
-                            dv_tile = _add(dv_tile, tw, do_tile, attended, CAREFUL, WIDE, PRECISION)
+                            dv_tile = _add(dv_tile, tw, do_tile, alive, CAREFUL, WEIGHTS, PRECISION)
                             if SECOND and TDO:
                                 dv_tile = _add(
-                                    dv_tile, w, tdo_tile, attended, CAREFUL, WIDE, PRECISION
+                                    dv_tile, w, tdo_tile, alive, CAREFUL, WEIGHTS, PRECISION
                                 )
                         if D_K:
-                            dk_tile = _add(dk_tile, tdx, q_tile, attended, CAREFUL, WIDE, PRECISION)
+                            dk_tile = _add(dk_tile, tdx, q_tile, alive, CAREFUL, WEIGHTS, PRECISION)
                             if SECOND and T_Q:
                                 dk_tile = _add(
-                                    dk_tile, dx, tq_tile, attended, CAREFUL, WIDE, PRECISION
+                                    dk_tile, dx, tq_tile, alive, CAREFUL, WEIGHTS, PRECISION
                                 )
     if (HIDES) and (not CAREFUL):
         bad = any_not_finite(dk_tile) | any_not_finite(dv_tile)

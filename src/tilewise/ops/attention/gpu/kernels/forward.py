@@ -69,7 +69,7 @@ def _forward_tile(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     ENTROPY: tl.constexpr,
-    WIDE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -125,9 +125,9 @@ def _forward_tile(
     v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, MASKED)  # [BN, DVP]
     acc *= shrink[:, None]
     if CAREFUL:
-        acc = weigh_attended(acc, w, v_tile, seen, WIDE, PRECISION)
+        acc = weigh_attended(acc, w, v_tile, seen, WEIGHTS, PRECISION)
     else:
-        acc = weigh(acc, w, v_tile, WIDE, PRECISION)
+        acc = weigh(acc, w, v_tile, WEIGHTS, PRECISION)
     return m, l, acc, entropy
 
 
@@ -193,7 +193,7 @@ def attention_fwd_kernel(
     ENTROPY: tl.constexpr,
     HIDES: tl.constexpr,
     CAREFUL: tl.constexpr,
-    WIDE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -286,7 +286,7 @@ def attention_fwd_kernel(
                         SOFTCAP,
                         DROPOUT,
                         ENTROPY,
-                        WIDE,
+                        WEIGHTS,
                         PRECISION,
                         BM,
                         BN,

@@ -17,7 +17,6 @@ from .backward import _add, _products
 from .tiles import (
     BITS,
     BOUNDS,
-    EVERYTHING,
     INTERVALS,
     kept,
     key_spans,
@@ -48,7 +47,7 @@ def attention_jvp_kernel(
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, T_SINKS: tl.constexpr,
     HIDES: tl.constexpr, CAREFUL: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WEIGHTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """Tangents of one tile of queries of one head; see `attention_fwd_kernel` for CAREFUL."""
@@ -93,60 +92,44 @@ def attention_jvp_kernel(
     mean = tl.zeros([BM], dtype)
     has_keys = tl.zeros([BM], tl.int32)
     acc = tl.zeros([BM, DVP], dtype)
-    begin, full, rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
-    for PART in tl.static_range(3):
-        if PART == 0:
-            first, last = begin, full
-        elif PART == 1:
-            first, last = full, rest
-        else:
-            first, last = rest, stop
-        if CAREFUL:
-            first, last = begin, stop
-        if (PART == 2) or (
-            (not CAREFUL) and ((MASK == INTERVALS) or ((PART == 1) and (MASK == EVERYTHING)))
-        ):
-            for t in range(first, last):
-                start_j = (t + tl.where(t >= turn, jump, 0)) * BN
-                if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
-                    j = (start_j + tl.arange(0, BN))[None, :]
-                    k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, CAREFUL or PART != 1)
-                    tk_tile = k_tile
-                    if T_K:
-                        tk_tile = load_rows(
-                            tk, start_j, Nk, stride_tkn, BN, D, DP, CAREFUL or PART != 1
-                        )
-                    raw = rows_times_rows(q_tile, k_tile, PRECISION)  # [BM, BN]
-                    s, _, derivative = logits(
-                        raw, i, j, bias, bias_stride_n, bias_stride_k, slope, scale, softcap,
-                        N, Nk, BIAS, ALIBI, SOFTCAP,
-                    )  # fmt: skip
-                    seen = visible(mask, i, j, N, Nk, MASK, CAREFUL or PART != 1)
-                    p = probabilities(s, top, log_sum, seen)
-                    traw = _products(q_tile, tq_tile, k_tile, tk_tile, T_Q, T_K, PRECISION)
-                    ts = traw * number(scale, dtype)
-                    if SOFTCAP:
-                        ts *= derivative
-                    if T_BIAS:
-                        ts += load_bias(
-                            tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk
-                        ).to(dtype)  # fmt: skip
-                    moved = tl.where(seen & (top != -INF), p * ts, 0.0)
-                    mean += tl.sum(moved, 1)
-                    has_keys = tl.maximum(has_keys, tl.max(seen.to(tl.int32), 1))
-                    if DROPOUT:
-                        keep = kept(
-                            start_i, start_j, Nk - N, h, first_entry + b,
-                            seed_low, seed_high, threshold, factor, BM, BN, dtype,
-                        )  # fmt: skip
-                        p, moved = p * keep, moved * keep
-                    v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, CAREFUL or PART != 1)
-                    acc = _add(acc, moved, v_tile, seen, CAREFUL, WIDE, PRECISION)
-                    if T_V:
-                        tv_tile = load_rows(
-                            tv, start_j, Nk, stride_tvn, BN, DV, DVP, CAREFUL or PART != 1
-                        )
-                        acc = _add(acc, p, tv_tile, seen, CAREFUL, WIDE, PRECISION)
+    begin, _full, _rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
+    for t in range(begin, stop):
+        start_j = (t + tl.where(t >= turn, jump, 0)) * BN
+        if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
+            j = (start_j + tl.arange(0, BN))[None, :]
+            k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, True)
+            tk_tile = k_tile
+            if T_K:
+                tk_tile = load_rows(tk, start_j, Nk, stride_tkn, BN, D, DP, True)
+            raw = rows_times_rows(q_tile, k_tile, PRECISION)  # [BM, BN]
+            s, _, derivative = logits(
+                raw, i, j, bias, bias_stride_n, bias_stride_k, slope, scale, softcap,
+                N, Nk, BIAS, ALIBI, SOFTCAP,
+            )  # fmt: skip
+            seen = visible(mask, i, j, N, Nk, MASK, True)
+            p = probabilities(s, top, log_sum, seen)
+            traw = _products(q_tile, tq_tile, k_tile, tk_tile, T_Q, T_K, PRECISION)
+            ts = traw * number(scale, dtype)
+            if SOFTCAP:
+                ts *= derivative
+            if T_BIAS:
+                ts += load_bias(
+                    tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk
+                ).to(dtype)  # fmt: skip
+            moved = tl.where(seen & (top != -INF), p * ts, 0.0)
+            mean += tl.sum(moved, 1)
+            has_keys = tl.maximum(has_keys, tl.max(seen.to(tl.int32), 1))
+            if DROPOUT:
+                keep = kept(
+                    start_i, start_j, Nk - N, h, first_entry + b,
+                    seed_low, seed_high, threshold, factor, BM, BN, dtype,
+                )  # fmt: skip
+                p, moved = p * keep, moved * keep
+            v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, True)
+            acc = _add(acc, moved, v_tile, seen, CAREFUL, WEIGHTS, PRECISION)
+            if T_V:
+                tv_tile = load_rows(tv, start_j, Nk, stride_tvn, BN, DV, DVP, True)
+                acc = _add(acc, p, tv_tile, seen, CAREFUL, WEIGHTS, PRECISION)
     if (HIDES) and (not CAREFUL):
         tl.store(spoiled + tl.program_id(0), any_not_finite(acc).to(tl.int32))
     alive = top != -INF
