@@ -107,7 +107,8 @@ def adapted(
 
     own = {kind: getattr(implementation, kind) for kind in _FUNCTIONS}
     functions: dict[str, Any] = {k: None if f is None else on_arrays(f) for k, f in own.items()}
-    return replace(implementation, **functions)
+    # What it refuses is asked with tensors, above.
+    return replace(implementation, **functions, refuses=lambda call: None)
 
 
 class _Stage:
