@@ -277,18 +277,25 @@ class SoftmaxForward {
   // Rows one after another as one run, which has a head and a tail once.
   void write_together(int64_t r, int count, const T* inverse) {
     const int n = static_cast<int>(n_), all = count * n;
-    for (int i = 0; i < count; i++) {
-      const Vec<T> last = set1(inverse[i]);
-      T* w = w_ + i * n;
-      int j = 0;
-      for (; j + kW <= n; j += kW) store(w + j, load(w + j) * last);
-      if (j < n) store_some(w + j, n - j, load_some(w + j, n - j, T{0}) * last);
-    }
     X* to = at(y_, r, 0);
+    int i = 0, end = n;  // a row, and where it ends
+    // of the numbers [j, stop) of a register, which may be those of several rows
+    auto factors = [&](int j, int stop) __attribute__((always_inline)) {
+      Vec<T> f = set1(inverse[i]);
+      for (; end < stop; end += n)
+        f = select(lanes<T>((1u << (end - j)) - 1), f, set1(inverse[++i]));
+      return f;
+    };
     int j = std::min(all, numbers_before_aligned(to));
-    if (j) store_some(to, j, load_some(w_, j, T{0}));
-    for (; j + kW <= all; j += kW) put<true>(to + j, load(w_ + j));
-    if (j < all) store_some(to + j, all - j, load_some(w_ + j, all - j, T{0}));
+    if (j) store_some(to, j, load_some(w_, j, T{0}) * factors(0, j));
+    while (j + kW <= all) {
+      const Vec<T> last = set1(inverse[i]);
+      for (; j + kW <= end; j += kW) put<true>(to + j, load(w_ + j) * last);
+      if (j + kW > all) break;
+      put<true>(to + j, load(w_ + j) * factors(j, j + kW));
+      j += kW;
+    }
+    if (j < all) store_some(to + j, all - j, load_some(w_ + j, all - j, T{0}) * factors(j, all));
   }
   template <bool STREAM>
   TW_MEMBER static void write(X* to, int n, const Back& written) {
