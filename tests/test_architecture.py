@@ -30,6 +30,7 @@ PLACES = {
         "tilewise.verify.tensors",
         "tilewise.verify.textbook",
     ),
+    "triton": ("tilewise.ops.attention.gpu", "tilewise.shared.triton_math"),
     "jax": ("tilewise.jax", "tilewise.distributed", "tilewise.bench"),
     "transformers": ("tilewise.transformers",),
     "scipy": ("tilewise.jacobian",),

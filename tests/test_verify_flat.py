@@ -327,7 +327,10 @@ def test_command_exits_with_1_and_writes_what_failed(plant: Plant, tmp_path: Any
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"implementation": "fast"}, "softmax: implementation must be one of 'cpu', 'reference'"),
+        (
+            {"implementation": "fast"},
+            "softmax: implementation must be one of 'cpu', 'reference', 'triton'",
+        ),
         ({"select": "no such"}, "select must be part of a case's name"),
         ({"vjp": "math:sin"}, "vjp must come with a function"),
         ({"tensors": True}, "tensors must come with a function"),

@@ -11,29 +11,6 @@ constexpr int kShortRow = 512;  // 16 rows up to this length are worked on toget
 // kYAgain takes the exponentials twice, for rows whose weights are too many to keep.
 enum class Result { kNone, kY, kYAgain, kLogY };
 
-// Register-wide stores past the caches, to addresses of which `ahead` says how many numbers are
-// before the next that is aligned.
-#if defined(TILEWISE_TARGET_AVX512) || defined(TILEWISE_TARGET_AVX2)
-constexpr bool kStreams = true;
-#else
-constexpr bool kStreams = false;
-#endif
-template <bool STREAM, class X, class T = Wide<X>>
-TW_INLINE void put(X* to, Vec<T> v) {
-#if defined(TILEWISE_TARGET_AVX512)
-  if constexpr (STREAM && sizeof(X) != 2)
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
-#elif defined(TILEWISE_TARGET_AVX2)
-  if constexpr (STREAM && sizeof(X) != 2)
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
-#endif
-  store_as(to, v);
-}
-template <class X>
-TW_INLINE int numbers_before_aligned(const X* to) {
-  return static_cast<int>(-reinterpret_cast<uintptr_t>(to) % kVectorBytes / sizeof(X));
-}
-
 constexpr uintptr_t kPage = 4096;
 
 // Columns by which stores past the caches have to lead loads. A load waits for any store before it

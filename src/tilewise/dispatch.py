@@ -19,16 +19,20 @@ from tilewise.base.operator import Arrays, FlatOperator, Implementation
 _SOFTMAX = {
     "cpu": "tilewise.ops.softmax.cpu",
     "reference": "tilewise.ops.softmax.reference",
+    "triton": "tilewise.ops.softmax.gpu",
 }
 
 TABLE: dict[str, dict[str, str]] = {
     "attention": {
         "cpu": "tilewise.ops.attention.cpu",
         "reference": "tilewise.ops.attention.reference",
+        "triton": "tilewise.ops.attention.gpu",
+        "hopper": "tilewise.ops.attention.hopper",
     },
     "cross_entropy": {
         "cpu": "tilewise.ops.cross_entropy.cpu",
         "reference": "tilewise.ops.cross_entropy.reference",
+        "triton": "tilewise.ops.cross_entropy.gpu",
     },
     "softmax": _SOFTMAX,
     "log_softmax": _SOFTMAX,
@@ -40,15 +44,22 @@ TABLE: dict[str, dict[str, str]] = {
     "linear_cross_entropy": {
         "cpu": "tilewise.ops.linear_cross_entropy.cpu",
         "reference": "tilewise.ops.linear_cross_entropy.reference",
+        "triton": "tilewise.ops.linear_cross_entropy.gpu",
     },
 }
 """For each operator, the module of each implementation, best first."""
+
+DEVICE = ("triton", "hopper")
+"""The implementations whose calls hold tensors of a GPU and no arrays: frontends choose those."""
 
 _COPIED_BYTES = 1 << 24  # small problems are worth a copy, for there a call costs more
 
 
 def choose(
-    operator: str, call: Any, implementation: str | None = None, kind: str = "forward"
+    operator: str,
+    call: Any,
+    implementation: str | Implementation | None = None,
+    kind: str = "forward",
 ) -> Implementation:
     """Return the implementation that serves a call.
 
@@ -56,7 +67,7 @@ def choose(
         operator: Name of the operator.
         call: The validated call.
         implementation: A name, which is never replaced by another, or None for the first one that
-            does not refuse the call.
+            does not refuse the call; or an implementation itself.
         kind: Which of its functions is wanted: forward, vjp, jvp or vjp_jvp.
 
     Raises:
@@ -71,7 +82,7 @@ def choose(
             raise unsupported(operator, f"implementation {implementation!r}: {reason}")
         return chosen
     refusals = []
-    for name in TABLE[operator]:
+    for name in [name for name in TABLE[operator] if name not in DEVICE]:
         candidate = _load(operator, name)
         reason = _refusal(candidate, call, kind)
         if reason is None:
@@ -150,16 +161,39 @@ def _evaluate_one(
     options: Mapping[str, Any],
     needed: tuple[bool, ...],
 ) -> Arrays:
+    return evaluate_by(options["implementation"], operator, kind, arrays, options, needed)
+
+
+def evaluate_by(
+    implementation: str | Implementation | None,
+    operator: FlatOperator,
+    kind: str,
+    arrays: Sequence[NDArray[Any] | None],
+    options: Mapping[str, Any],
+    needed: tuple[bool, ...],
+) -> Arrays:
+    """Run one function of an operator, as `evaluate` does, by what `choose` takes.
+
+    The arrays have no further leading dimensions.
+    """
     if kind == "forward":
         call = operator.prepare(arrays, options)
-        return operator.forward(
-            choose(operator.name, call, options["implementation"]), call, needed
-        )
+        return operator.forward(choose(operator.name, call, implementation), call, needed)
     *given, inputs, outputs, residuals = operator.split(kind, arrays)
     call = operator.prepare(inputs, options)
-    chosen = choose(operator.name, call, options["implementation"], kind)
+    chosen = choose(operator.name, call, implementation, kind)
     function: Callable[..., Arrays] = getattr(operator, kind)
     return function(chosen, call, needed, *given, outputs, residuals)
+
+
+def device_implementation(operator: str, name: str) -> Implementation:
+    """Return an implementation on tensors of a GPU by its name.
+
+    Raises:
+        ValueError: No implementation has that name.
+        Unsupported: What it needs is not installed.
+    """
+    return _named(operator, name)
 
 
 def _refusal(implementation: Implementation, call: Any, kind: str) -> str | None:
@@ -169,10 +203,16 @@ def _refusal(implementation: Implementation, call: Any, kind: str) -> str | None
 
 
 def _named(operator: str, implementation: object) -> Implementation:
+    if isinstance(implementation, Implementation):
+        return implementation
     if not isinstance(implementation, str) or implementation not in TABLE[operator]:
         names = ", ".join(map(repr, TABLE[operator]))
         raise value_error(operator, "implementation", f"be one of {names}", repr(implementation))
-    return _load(operator, implementation)
+    try:
+        return _load(operator, implementation)
+    except ModuleNotFoundError as error:
+        reason = f"needs the package {error.name}, which is not installed"
+        raise unsupported(operator, f"implementation {implementation!r}: {reason}") from error
 
 
 @cache

@@ -30,7 +30,9 @@ from torch.autograd import Function, forward_ad
 from tilewise.base.dtypes import bfloat16, is_bfloat16
 from tilewise.base.errors import unsupported
 from tilewise.base.operator import KINDS, FlatOperator
-from tilewise.dispatch import evaluate
+from tilewise.dispatch import DEVICE, evaluate
+
+from . import gpu
 
 try:
     from torch._C import (
@@ -117,7 +119,8 @@ def register(operator: FlatOperator) -> None:
         results = ", ".join(["Tensor"] * kernel.results)
         schema = f"{name}(str options, bool[] needed{tensors}) -> ({results})"
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, _bound(_run, kernel), "CPU")
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, _bound(_run, kernel), key)
         # Graphs that call the op itself, as torch.export makes them, stay differentiable.
         for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
             _library.impl(name, _bound(_differentiable, kernel), key)
@@ -177,8 +180,11 @@ def parsed(options: str) -> Mapping[str, Any]:
 
 def _run(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Run a function on the memory of the tensors; None stands for a result that is not needed."""
-    arrays, make = as_arrays(kernel.operator.name, tensors[kernel.first].dtype, tensors)
-    out = evaluate(kernel.operator, kernel.kind, arrays, parsed(options), needed)
+    first, given = tensors[kernel.first], parsed(options)
+    if not first.is_cpu or given["implementation"] in DEVICE:
+        return gpu.run(kernel.operator, kernel.kind, given, needed, tensors)
+    arrays, make = as_arrays(kernel.operator.name, first.dtype, tensors)
+    out = evaluate(kernel.operator, kernel.kind, arrays, given, needed)
     return tuple([make(a) if wanted else None for a, wanted in zip(out, needed, strict=True)])
 
 
@@ -216,9 +222,10 @@ def _tensor(array: Any) -> Any:
 def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Return tensors of the right shapes without values."""
     operator, first = kernel.operator, kernel.first_input(tensors)
-    if kernel.kind == "forward":
+    inputs = tensors if kernel.kind == "forward" else kernel.split(tensors)[-3]
+    if kernel.kind in ("forward", "jvp"):
         extra = first.ndim - operator.rank
-        given = [None if t is None else tuple(t.shape[extra:]) for t in tensors]
+        given = [None if t is None else tuple(t.shape[extra:]) for t in inputs]
         leading = tuple(first.shape[:extra])
         shapes = [leading + shape for shape in operator.shapes(given, parsed(options))]
         wide = torch.float32 if _is_narrow(first) else first.dtype
@@ -227,10 +234,10 @@ def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any)
         for i, name in enumerate((*operator.outputs, *operator.residuals)):
             source = operator.dtypes.get(name)
             if source is not None:
-                dtypes[i] = _dtype_of(source, operator, tensors)
+                dtypes[i] = _dtype_of(source, operator, inputs)
+        shapes, dtypes = shapes[: kernel.results], dtypes[: kernel.results]
     else:
-        *_, inputs, outputs, _ = kernel.split(tensors)
-        like = outputs if kernel.kind == "jvp" else inputs[: operator.active_inputs]
+        like = inputs[: operator.active_inputs]
         shapes = [() if t is None else tuple(t.shape) for t in like]
         dtypes = [first.dtype if t is None else t.dtype for t in like]
     results = zip(shapes, dtypes, needed, strict=True)
@@ -288,7 +295,7 @@ class Door(Function):  # type: ignore[misc]
                 t = unwrap_if_dead(t)
                 if (
                     type(t) not in _PLAIN
-                    or not t.is_cpu
+                    or not (t.is_cpu or t.is_cuda)
                     or (batched and is_legacy_batchedtensor(t))
                 ):
                     eager = False
@@ -476,9 +483,10 @@ def _save(
         passive = [t for t in returned[active:] if t is not None]
         if passive:
             ctx.mark_non_differentiable(*passive)
-        tensors += out[:active] + out[len(kernel.operator.outputs) :]
+        read = _only(out[:active], kernel.operator.reads)
+        tensors += read + out[len(kernel.operator.outputs) :]
     elif kernel.kind == "jvp":
-        tensors = out + tensors
+        tensors = _only(out, (kernel.operator.output_tangents,) * len(out)) + tensors
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
     return tensors

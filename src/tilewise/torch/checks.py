@@ -13,6 +13,8 @@ from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.ops.attention.spec import QUERY
 from tilewise.ops.attention.spec.arguments import LAYOUTS, SEED, SHAPES
 
+from .gpu import missing
+
 _DTYPES = tuple([getattr(torch, name) for name in FLOATS])
 _NARROW = tuple([getattr(torch, name) for name in NARROW])
 _TENSORS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
@@ -58,7 +60,7 @@ def check_tensors(
             more = " or float32" if dtype in _NARROW and name not in _REQUIRED else ""
             requirement = f"have dtype {shown(dtype)} (from q){more}"
             raise type_error(operator, name, requirement, shown(tensor.dtype))
-        elif tensor.is_cpu is not cpu:
+        elif tensor.is_cpu is not cpu or not (cpu or tensor.device == q.device):
             raise value_error(operator, name, f"be on {q.device} (as q)", str(tensor.device))
     if layout not in layouts:
         raise value_error(operator, "layout", f"be {' or '.join(map(repr, layouts))}", repr(layout))
@@ -75,8 +77,8 @@ def _first(operator: str, q: Tensor) -> torch.dtype:
     dtype = q.dtype
     if dtype not in _DTYPES:
         raise type_error(operator, "q", f"have dtype {listed(FLOATS)}", shown(dtype))
-    if not q.is_cpu and q.device.type != "meta":
-        raise unsupported(operator, f"there is no implementation for device {q.device} yet")
+    if not q.is_cpu:
+        _check_place(operator, q.device)
     return dtype
 
 
@@ -89,8 +91,19 @@ def check_first(operator: str, name: str, x: Any) -> None:
         raise type_error(operator, name, "be a dense tensor", got)
     if x.dtype not in _DTYPES:
         raise type_error(operator, name, f"have dtype {listed(FLOATS)}", shown(x.dtype))
-    if not x.is_cpu and x.device.type != "meta":
-        raise unsupported(operator, f"there is no implementation for device {x.device} yet")
+    if not x.is_cpu:
+        _check_place(operator, x.device)
+
+
+def _check_place(operator: str, device: torch.device) -> None:
+    """Raise where there are no kernels for a device that is not the CPU."""
+    if device.type == "meta":
+        return
+    if device.type != "cuda":
+        raise unsupported(operator, f"there is no implementation for device {device} yet")
+    reason = missing()
+    if reason is not None:
+        raise unsupported(operator, f"device {device}: {reason}")
 
 
 def check_device(operator: str, name: str, tensor: Tensor, x: Tensor, first: str = "x") -> None:

@@ -11,6 +11,7 @@ from torch._C import _are_functorch_transforms_active
 from tilewise.base.dims import Sizes
 from tilewise.base.dtypes import NARROW
 from tilewise.base.errors import type_error, unsupported, value_error
+from tilewise.dispatch import DEVICE
 from tilewise.ops.linear_cross_entropy.record import FLAT
 from tilewise.ops.linear_cross_entropy.spec import (
     GRADIENT_FILTER,
@@ -208,7 +209,7 @@ def linear_cross_entropy(
     if grad_accumulator is not None:
         found = accumulating(grad_accumulator, inputs, options, argmax=bool(return_argmax))
     else:
-        kept = _kept_gradients(inputs[:3], reduction, vocab_chunk)
+        kept = _kept_gradients(inputs[:3], reduction, vocab_chunk, implementation)
         needed = (True, True, True, bool(return_argmax), True, True, *kept)
         found = forward(FLAT, inputs, options, needed)
     loss, lse, entropy, argmax = found[:4]
@@ -316,9 +317,14 @@ def _shifted(targets: Tensor, shift: int, ignore_index: int) -> Tensor:
 
 
 def _kept_gradients(
-    tensors: tuple[Any, ...], reduction: str, vocab_chunk: int | None
+    tensors: tuple[Any, ...], reduction: str, vocab_chunk: int | None, implementation: str | None
 ) -> tuple[bool, ...]:
-    """Return which gradients the forward pass is to compute for a backward that may follow."""
+    """Return which gradients the forward pass is to compute for a backward that may follow.
+
+    Kernels of a GPU know the loss before they begin with the gradients, so none.
+    """
+    if not tensors[0].is_cpu or implementation in DEVICE:
+        return (False,) * len(tensors)
     joined = reduction != "none" and vocab_chunk is None
     if not joined or tensors[0].dtype is torch.float16 or not torch.is_grad_enabled():
         return (False,) * len(tensors)

@@ -86,7 +86,9 @@ class _Accumulating(Function):  # type: ignore[misc]
         call = prepare_flat(inputs, ctx.options)
         chosen = choose(NAME, call, ctx.options["implementation"], "vjp")
         needed = Needed(*ctx.needs_input_grad[:3])
-        into = replace(cotangent_call(call, cotangents, outputs, stats), accumulator=accumulator)
+        into = replace(
+            cotangent_call(chosen, call, cotangents, outputs, stats), accumulator=accumulator
+        )
         dhidden, _, dbias = chosen.vjp(call, into, needed)
         grads = [None if a is None else make(a) for a in (dhidden, None, dbias)]
         return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from tilewise import numpy as frontend
 from tilewise.base.errors import Unsupported, value_error
-from tilewise.dispatch import choose
+from tilewise.dispatch import DEVICE, choose
 from tilewise.ops.attention import spec
 
 from .cases.problem import Problem
+from .device import on_arrays
 from .oracle import BACKWARD, ONE_PASS, SECOND, TANGENTS
 from .tensors import gradients_of, on_tensors
 
@@ -205,19 +206,22 @@ def of_implementation(implementation: str | None = None) -> Subject:
         ValueError: No implementation has that name.
     """
     x = np.zeros((1, 1, 1, 1), np.float32)
+    chosen: Any = implementation
     try:
-        name = choose("attention", spec.prepare(x, x, x), implementation).name
+        if implementation in DEVICE:
+            chosen = on_arrays("attention", implementation)
+        name = choose("attention", spec.prepare(x, x, x), chosen).name
     except Unsupported:
         name = str(implementation)
     compiled = name == "cpu"
     return Subject(
         name=name if implementation else f"{name} (default)",
-        attention=partial(frontend.attention, implementation=implementation),
-        vjp=partial(frontend.attention_vjp, implementation=implementation),
-        jvp=partial(frontend.attention_jvp, implementation=implementation),
-        vjp_jvp=partial(frontend.attention_vjp_jvp, implementation=implementation),
-        forward_jvp=partial(frontend.attention_forward_jvp, implementation=implementation),
-        invariant=name != "reference",
+        attention=partial(frontend.attention, implementation=chosen),
+        vjp=partial(frontend.attention_vjp, implementation=chosen),
+        jvp=partial(frontend.attention_jvp, implementation=chosen),
+        vjp_jvp=partial(frontend.attention_vjp_jvp, implementation=chosen),
+        forward_jvp=partial(frontend.attention_forward_jvp, implementation=chosen),
+        invariant=compiled,
         core=import_module("tilewise._core") if compiled else None,
     )
 

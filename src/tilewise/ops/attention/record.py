@@ -309,4 +309,12 @@ FLAT = FlatOperator(
     vjp_jvp=vjp_jvp,
     jvp_jvp=jvp_jvp,
     split_over=split_over,
+    read_inputs=(
+        "sinks",
+        "alibi_slopes",
+        "seed",
+        "q_starts",
+        "k_starts",
+        *(f"mask{i}" for i in range(MASK_ARRAYS)),
+    ),
 )

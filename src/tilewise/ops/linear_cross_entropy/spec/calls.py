@@ -178,6 +178,7 @@ class LossOutputs(NamedTuple):
         picked: `(T,)`. Sum over the classes of the call of the target's weights times the logits.
         mass: `(T,)`. Sum of these weights.
         grads: Gradients of the reduced loss.
+        lse: `(T,)`. The log-sum-exp, or None where it is the sum of the statistics.
     """
 
     loss: Array
@@ -187,6 +188,7 @@ class LossOutputs(NamedTuple):
     picked: Array | None = None
     mass: Array | None = None
     grads: LossGrads = LossGrads()
+    lse: Array | None = None
 
 
 class RowTangents(NamedTuple):

@@ -1,0 +1,191 @@
+"""How the kernels of attention are launched: known without Triton and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from tilewise.shared.launch import Compilation, LaunchPlan
+
+INTERPRETER = "interpreter"
+"""The architecture of Triton's interpreter, whose tiles are small so that tests have several."""
+
+_ROUNDED, _WIDE, _SPLIT = 0, 1, 2
+_LEAST = 16  # the smallest extent of a product
+
+
+def padded(size: int) -> int:
+    """Return the power of two that a tile has for an extent."""
+    return max(_LEAST, 1 << (size - 1).bit_length())
+
+
+def plan(
+    kind: str, *, heads: int, rows: int, D: int, Dv: int, dtype: str, arch: str = "sm_90"
+) -> LaunchPlan:
+    """Return how one kernel is launched.
+
+    Args:
+        kind: "fwd", "jvp", "dq", "dkv" or "dbias"; with "second_" before it for the JVP of a VJP.
+        heads: Heads of all batch entries: of the keys for "dkv".
+        rows: Queries, or keys for "dkv".
+        D: Entries of a query.
+        Dv: Entries of a value.
+        dtype: Name of the dtype of q.
+        arch: "sm_80", "sm_90", "sm_100", "gfx942" or `INTERPRETER`.
+    """
+    DP, DVP = padded(D), padded(Dv)
+    BM, BN, num_warps, num_stages = _tile(kind, max(DP, DVP), dtype, arch)
+    tile = BN if kind.endswith("dkv") else BM
+    grid = (-(-rows // tile) * heads,)
+    constants = {"BM": BM, "BN": BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
+    return LaunchPlan(grid, constants, num_warps, num_stages)
+
+
+def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, int]:
+    """Return queries and keys of a tile, warps and stages."""
+    if arch == INTERPRETER:
+        return 64, 64, 4, 1
+    size = 0 if width <= 64 else 1 if width <= 128 else 2
+    if dtype in ("float32", "float64"):
+        return ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))[size]
+    return _TILES[kind.replace("dbias", "dq")][size]
+
+
+_TILES = {
+    "fwd": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+    "dq": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
+    "dkv": ((64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
+    "jvp": ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
+    "second_dq": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
+    "second_dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+}
+"""For rows of up to 64, 128 and 512 entries of 16 bits: the largest tiles that fit the registers."""
+
+
+def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
+    """Return how the weights of sums are rounded that multiply values of 16 bits.
+
+    To their dtype, as the other factor has no more digits; but a tangent subtracts what the output
+    carries, which was summed from other roundings, and gradients in float16 may be smaller than its
+    numbers: there they keep their digits.
+    """
+    weights = _ROUNDED
+    if dtype == "float16" and kind != "fwd":
+        weights = _WIDE
+    elif dtype == "bfloat16" and (kind == "jvp" or kind.startswith("second_")):
+        weights = _SPLIT
+    # Only products of 32 bits are split, into three: those of 16 bits are exact.
+    split = weights == _WIDE and arch.startswith("sm_")
+    return {"WEIGHTS": weights, "PRECISION": "tf32x3" if split else "ieee"}
+
+
+def planned(arch: str) -> Iterator[Compilation]:
+    """List what is compiled without a GPU: for each pass, the usual options, and all at once.
+
+    Args:
+        arch: "sm_80", "sm_90", "sm_100" or "gfx942".
+    """
+    causal, every = {"MASK": 1}, dict.fromkeys(_OPTIONS, True) | {"MASK": 1}
+    passes = ("fwd", "dq", "dkv", "jvp", "second_dq", "second_dkv")
+    for D in (64, 128):
+        for kind in passes:
+            yield _compilation(kind, D, "bfloat16", arch, causal)
+    for kind in ("fwd", "dq", "dkv"):
+        yield _compilation(kind, 64, "bfloat16", arch, {})
+        yield _compilation(kind, 64, "float16", arch, causal)
+        yield _compilation(kind, 64, "float32", arch, causal)
+    for kind in (*passes, "dbias"):
+        yield _compilation(kind, 64, "bfloat16", arch, every)
+    yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
+    for kind in ("bounds", "delta", "dsinks"):
+        yield _compilation(kind, 64, "bfloat16", arch, {})
+
+
+_OPTIONS = ("BIAS", "ALIBI", "SOFTCAP", "SINKS", "DROPOUT")
+_TANGENTS = ("T_Q", "T_K", "T_V", "TDO")
+_MODULES = {
+    "fwd": "forward",
+    "jvp": "tangents",
+    "dq": "backward",
+    "dkv": "backward",
+    "delta": "backward",
+    "dbias": "sums",
+    "dsinks": "sums",
+    "bounds": "tiles",
+}
+_POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+_NUMBERS = {"scale": "fp64", "softcap": "fp64", "factor": "fp64"} | dict.fromkeys(
+    ("seed_low", "seed_high", "threshold"), "u32"
+)
+_OF_ROWS = frozenset(
+    {"m", "log_l", "delta", "tlse", "tdelta", "dlse", "tdlse", "m_out", "log_l_out", "lse"}
+    | {"max_logit", "entropy_out", "delta_out", "tdelta_out", "o_full", "dbias", "dsinks", "to"}
+)
+_STORED = frozenset(
+    {"q", "k", "v", "tq", "tk", "tv", "do", "tdo", "o", "dq", "dk", "dv"}
+    | {"bias", "tbias", "slopes", "sinks", "tsinks"}
+)
+_ABSENT = {
+    "bias": "BIAS", "tbias": "T_BIAS", "slopes": "ALIBI", "sinks": "SINKS", "tsinks": "T_SINKS",
+    "tq": "T_Q", "tk": "T_K", "tv": "T_V", "tdo": "TDO", "o_full": "O_FULL", "lse": "LSE",
+    "max_logit": "MAX_LOGIT", "entropy_out": "ENTROPY", "mask": "MASK", "tiles": "MASK",
+    "spoiled": "HIDES", "dlse": "DLSE", "tdlse": "TDLSE", "tdelta": "SECOND",
+    "tdelta_out": "SECOND",
+}  # fmt: skip
+"""The constant that says whether a pointer is given."""
+
+
+def _compilation(
+    kind: str, D: int, dtype: str, arch: str, options: Mapping[str, Any]
+) -> Compilation:
+    """Return one configuration of a kernel, with all tangents where it takes tangents."""
+    base, second = kind.removeprefix("second_"), kind.startswith("second_")
+    module = import_module(f".kernels.{_MODULES[base]}", __package__)
+    kernel = getattr(module, f"attention_{base}_kernel")
+    chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch)
+    given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
+    given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
+    given |= dict.fromkeys((*_OPTIONS, "MASK"), False) | {"SECOND": second, "D": D, "DV": D}
+    given |= dict.fromkeys(_TANGENTS, second or base == "jvp")
+    given |= dict(options) | dict(chosen.constants)
+    given["MASK"] = int(given["MASK"])
+    given |= {"HIDES": bool(given["MASK"]), "CAREFUL": False}
+    given["T_BIAS"] = given["BIAS"] and (second or base == "jvp")
+    given["T_SINKS"] = given["SINKS"] and (second or base == "jvp")
+    if base in ("dbias", "dsinks", "bounds"):
+        given["BIAS"] = given["SINKS"] = given["MASK"] = True
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
+        if name in given:
+            constants[name] = given[name]
+        elif name in _ABSENT and not given[_ABSENT[name]]:
+            constants[name] = None
+        else:
+            signature[name] = _type_of(name, dtype, int(given["MASK"]))
+    narrow = ("_stride_k", "_stride_b", "_stride_h")
+    divisible = [
+        name for name, of in signature.items() if of[0] == "*" or name.startswith("stride")
+    ]
+    text = "+".join([name.lower() for name, on in options.items() if on]) or "plain"
+    return Compilation(
+        f"attention {kind} D{D} {dtype} {text}",
+        kernel,
+        signature,
+        constants,
+        frozenset(name for name in divisible if not name.endswith(narrow)),
+        chosen.num_warps,
+        chosen.num_stages,
+    )
+
+
+def _type_of(name: str, dtype: str, mask: int) -> str:
+    """Return the Triton type of an argument."""
+    if name in _STORED:
+        return _POINTERS[dtype]
+    if name in _OF_ROWS:
+        return "*fp64" if dtype == "float64" else "*fp32"
+    if name in ("mask", "tiles", "rows", "bounds", "spoiled"):
+        bits = {"mask": "*i16", "tiles": "*u8"}
+        return bits.get(name, "*i32") if mask == 2 else "*i32"
+    return _NUMBERS.get(name, "i32")
