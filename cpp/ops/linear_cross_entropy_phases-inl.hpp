@@ -463,8 +463,7 @@ class LinearCrossEntropyPhases {
       each_panel(tokens, [&](int p) {
         if (p % groups != group) return;
         T* to = dhidden_ + (tokens.first + p * kPanel) * dhidden_ld() + block * kW;
-        const uint32_t filled =
-            filled_ ? filled_at(p, i)[0] | uint32_t{filled_at(p, i)[1]} << kTileBits : kAllFilled;
+        const uint32_t filled = filled_ ? *filled_at(p, i) : kAllFilled;
         for (int part = 0; part < std::max(1, parts_of(p_.dhidden)); part++) {
           const E* dz = kPairs<E> ? hidden_image_[part] + hidden_image_at(p, i)
                                   : reinterpret_cast<const E*>(at(term.s, p, i));

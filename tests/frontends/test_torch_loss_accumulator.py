@@ -132,6 +132,9 @@ def test_derivatives_of_an_accumulating_backward_are_refused() -> None:
         moved = torch.autograd.forward_ad.make_dual(hidden.detach(), hidden.detach())
         with pytest.raises(tw.Unsupported, match="no tangents"):
             of(moved)
+    options = {"grad_accumulator": buffer, "implementation": "triton"}
+    with pytest.raises(tw.Unsupported, match="plain tensors of the CPU alone"):
+        linear_cross_entropy(hidden, weight, targets, **options)
     assert not buffer.any()
 
 

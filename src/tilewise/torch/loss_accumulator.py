@@ -12,7 +12,7 @@ from torch.autograd import Function, forward_ad
 
 from tilewise.base.dtypes import NARROW
 from tilewise.base.errors import unsupported
-from tilewise.dispatch import choose
+from tilewise.dispatch import DEVICE, choose
 from tilewise.ops.linear_cross_entropy.record import FLAT, cotangent_call, prepare_flat
 from tilewise.ops.linear_cross_entropy.spec import NAME, Needed
 
@@ -20,6 +20,8 @@ from .autodiff import as_arrays, forward, is_plain, parsed
 from .checks import check_accumulator, shown
 
 Tensors = tuple[Any, ...]
+
+_PLAIN_ALONE = "grad_accumulator goes with plain tensors of the CPU alone"
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -35,7 +37,8 @@ def accumulating(accumulator: Tensor, inputs: Tensors, options: str, *, argmax: 
     Raises:
         TypeError: The accumulator has a wrong kind or dtype.
         ValueError: It has a wrong shape, device or memory.
-        Unsupported: A transform of `torch.func`, tangents, or tensors without memory.
+        Unsupported: A transform of `torch.func`, tangents, or tensors that are not plain ones of
+            the CPU.
     """
     if _are_functorch_transforms_active():
         raise unsupported(NAME, "grad_accumulator goes with no transform of torch.func")
@@ -45,8 +48,8 @@ def accumulating(accumulator: Tensor, inputs: Tensors, options: str, *, argmax: 
     tensors = [t for t in inputs if t is not None]
     if any([forward_ad.unpack_dual(t).tangent is not None for t in tensors]):
         raise unsupported(NAME, "grad_accumulator goes with no tangents")
-    if not is_plain(accumulator, *tensors):
-        raise unsupported(NAME, "grad_accumulator goes with plain tensors alone")
+    if not is_plain(accumulator, *tensors) or parsed(options)["implementation"] in DEVICE:
+        raise unsupported(NAME, _PLAIN_ALONE)
     found: Tensors = _Accumulating.apply(*inputs, accumulator, options, argmax)
     return found
 
@@ -78,7 +81,7 @@ class _Accumulating(Function):  # type: ignore[misc]
             reason = "with grad_accumulator there is no derivative of a backward pass"
             raise unsupported(NAME, f"{reason} (create_graph=True)")
         if not is_plain(*dots):
-            raise unsupported(NAME, "grad_accumulator goes with plain tensors alone")
+            raise unsupported(NAME, _PLAIN_ALONE)
         given = (*saved, *g[:3], ctx.accumulator)
         arrays, make = as_arrays(NAME, saved[0].dtype, given)
         inputs, outputs, stats = arrays[:5], tuple(arrays[5:8]), arrays[8:10]
