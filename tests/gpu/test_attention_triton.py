@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from tilewise.base import masks
 from tilewise.ops.attention.gpu.kernels import forward
 from tilewise.verify.audit import audit_case
+from tilewise.verify.cases.attention import CASES
 from tilewise.verify.cases.problem import Case, Dims
 from tilewise.verify.subject import Subject, of_implementation
 

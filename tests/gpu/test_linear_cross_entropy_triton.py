@@ -46,7 +46,7 @@ def drawn(*shape: int, dtype: Any = F64, seed: int = 0) -> Array:
 
 def indices(tokens: int = T, classes: int = V) -> Array:
     y = rng(7).integers(0, classes, tokens)
-    y[rng(8).random(tokens) < 0.25] = -100
+    y[1::4] = -100
     return y
 
 
@@ -235,7 +235,7 @@ def test_parts_of_the_classes_merge_into_the_whole() -> None:
 
 def test_argmax_is_the_first_of_equals() -> None:
     hidden, weight, _, y, _ = inputs_of()
-    weight[[40, 50]] = weight[3] = 3 * hidden.sum(axis=0)
+    weight[[20, 40, 50]] = weight[3] = 3 * hidden.sum(axis=0)
     options = {"return_argmax": True, "reduction": "none"}
     got, want = (
         twn.linear_cross_entropy(hidden, weight, y, implementation=by, **options).argmax

@@ -60,7 +60,7 @@ _TILES = {
     "second_dq": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
     "second_dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
 }
-"""For rows of up to 64, 128 and 512 entries of 16 bits: the largest tiles that fit the registers."""
+"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers."""
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
