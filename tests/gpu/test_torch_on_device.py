@@ -1,0 +1,161 @@
+"""The door of PyTorch to kernels of a GPU, on the CPU, where Triton interprets them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tilewise as tw
+from tilewise import Unsupported
+from tilewise.dispatch import device_implementation
+from tilewise.torch import attention, checks, gpu
+
+SHAPES = ((2, 4, 11, 5), (2, 2, 13, 5), (2, 2, 13, 3))
+
+
+def inputs(dtype: Any = torch.float64, shapes: Any = SHAPES) -> list[Any]:
+    made = torch.Generator().manual_seed(7)
+    return [torch.randn(s, generator=made, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def both(function: Any) -> None:
+    """Compare what a function of the implementation returns with the kernels of the CPU."""
+    for mine, theirs in zip(function("triton"), function("cpu"), strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {"mask": tw.causal()},
+    "boolean-and-sinks": {
+        "mask": torch.arange(11)[:, None] % 3 >= torch.arange(13) % 4,
+        "sinks": torch.linspace(-1, 1, 4, dtype=torch.float64),
+    },
+    "lengths-and-dropout": {"mask": tw.lengths([13, 4]), "dropout_p": 0.3, "seed": 2**63 + 9},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_backward_and_double_backward(name: str) -> None:
+    def derived(implementation: str) -> list[Any]:
+        x = inputs()
+        found = attention(*x, implementation=implementation, return_lse=True, **OPTIONS[name])
+        lse = torch.where(found.lse.isfinite(), found.lse, 0.0)
+        first = torch.autograd.grad(found.o.sin().sum() + lse.sum(), x, create_graph=True)
+        second = torch.autograd.grad(sum(g.cos().sum() for g in first), x)
+        return [found.o.detach(), *(g.detach() for g in first), *second]
+
+    both(derived)
+
+
+def test_transforms() -> None:
+    x = [t.detach() for t in inputs()]
+
+    def derived(implementation: str) -> list[Any]:
+        def of(*given: Any) -> Any:
+            return attention(*given, implementation=implementation, mask=tw.window(3, 2))
+
+        _, moved = torch.func.jvp(of, tuple(x), tuple(t.cos() for t in x))
+        many = torch.func.vmap(of)(*[torch.stack([t, t.sin(), 2 * t]) for t in x])
+        mixed = torch.func.jvp(
+            torch.func.grad(lambda q: of(q, *x[1:]).sin().sum()), (x[0],), (x[0].sin(),)
+        )[1]
+        return [moved, many, mixed]
+
+    both(derived)
+
+
+def test_vmap_with_what_entries_do_not_share() -> None:
+    x = [torch.stack([t.detach(), t.detach().sin()]) for t in inputs()]
+    sinks = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.0, 0.0, -2.0, 3.0]], dtype=torch.float64)
+
+    def derived(implementation: str) -> list[Any]:
+        def of(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+            return attention(q, k, v, sinks=sinks, implementation=implementation)
+
+        return [torch.func.vmap(of)(*x, sinks), torch.func.vmap(of)(*[t[:0] for t in (*x, sinks)])]
+
+    both(derived)
+
+
+def test_memory_that_is_not_contiguous() -> None:
+    def derived(implementation: str) -> list[Any]:
+        x = inputs(shapes=((2, 4, 5, 11), (2, 2, 5, 13), (2, 2, 3, 13)))
+        across = attention(*[t.mT for t in x], implementation=implementation)
+        y = inputs(shapes=((2, 11, 4, 5), (2, 13, 2, 5), (2, 13, 2, 3)))
+        packed = attention(*y, implementation=implementation, layout="bnhd", mask=tw.causal())
+        return [across.detach(), *torch.autograd.grad(packed.sin().sum(), y)]
+
+    both(derived)
+
+
+def test_float32_is_as_near_as_on_the_cpu() -> None:
+    x = [t.detach() for t in inputs(torch.float32)]
+    exact = attention(*[t.double() for t in x])
+    for implementation in ("cpu", "triton"):
+        error = (attention(*x, implementation=implementation) - exact).norm() / exact.norm()
+        assert error < 3e-7, implementation
+
+
+def test_arrays_are_refused() -> None:
+    x = np.ones((1, 1, 2, 3), np.float32)
+    with pytest.raises(Unsupported, match="computes on tensors of PyTorch, not on arrays"):
+        tw.attention(x, x, x, implementation="triton")
+
+
+def test_tensors_of_the_cpu_are_refused_where_nothing_interprets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = device_implementation("attention", "triton")
+    assert own.interprets
+    compiled = type(own)(**{**vars(own), "interprets": False})
+    monkeypatch.setattr(gpu, "device_implementation", lambda *_: compiled)
+    with pytest.raises(Unsupported, match="implementation 'triton': computes on a GPU, got"):
+        attention(*inputs(), implementation="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_without_cuda_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match="cuda:0: PyTorch finds no GPU"):
+        checks._check_place("attention", torch.device("cuda", 0))
+    with pytest.raises(Unsupported, match="no implementation for device xpu"):
+        checks._check_place("attention", torch.device("xpu", 0))
+
+
+def test_packed_sequences_are_refused() -> None:
+    from tilewise.torch import attention_varlen
+
+    q = torch.zeros(5, 2, 3)
+    ends = torch.tensor([0, 2, 5])
+    with pytest.raises(Unsupported, match="no packed sequences yet"):
+        attention_varlen(q, q, q, cu_seqlens_q=ends, implementation="triton")
+
+
+def test_stand_ins_take_no_memory_and_lead_back() -> None:
+    stage = gpu._Stage(torch.device("cpu"))
+    tensor = torch.arange(3.0).expand(2**18, 2**16, 3)
+    other = torch.arange(24.0).reshape(2, 3, 4).transpose(0, 1)
+    large, small = stage.stand_in(tensor), stage.stand_in(other)
+    assert large is not None and small is not None
+    assert large.shape == tensor.shape and small.strides == (16, 48, 4)
+    assert stage.tensor(large) is tensor
+    assert torch.equal(stage.tensor(small[1:, 0, ::2]), other[1:, 0, ::2])
+    assert torch.equal(stage.tensor(large[7, 5:6]), tensor[7, 5:6])
+
+
+def test_numbers_computed_from_stand_ins_are_an_error() -> None:
+    stage = gpu._Stage(torch.device("cpu"))
+    array = stage.stand_in(torch.ones(2, 3))
+    assert array is not None
+    with pytest.raises(RuntimeError, match="a stand-in of float32 was copied"):
+        stage.tensor(array + 1)
+
+
+def test_the_frontend_imports_no_kernels() -> None:
+    code = "import sys, tilewise.torch; sys.exit('tilewise.ops.attention.gpu' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
