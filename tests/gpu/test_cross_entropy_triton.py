@@ -43,7 +43,7 @@ def drawn(*shape: int, dtype: Any = F64, spread: float = 3.0, seed: int = 0) -> 
 
 def indices(rows: tuple[int, int], classes: int, ignored: int = -100) -> Array:
     y = rng(7).integers(0, classes, rows)
-    y[rng(8).random(rows) < 0.25] = ignored
+    y.flat[1::4] = ignored
     return y
 
 
@@ -143,9 +143,9 @@ def test_rows_in_parts_with_every_derivative(targets: str, monkeypatch: pytest.M
 
 
 def layouts() -> dict[str, Array]:
-    side_by_side = drawn(3, 11, 37)
+    side_by_side = drawn(2, 11, 37)
     return {
-        "axis in the middle": drawn(3, 11, 5),
+        "axis in the middle": drawn(3, 11, 2),
         "many rows side by side": side_by_side,
         "every other class": drawn(5, 22, 1)[:, ::2],
         "transposed": drawn(11, 5, 1).transpose(1, 0, 2),

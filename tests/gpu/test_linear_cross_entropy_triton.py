@@ -23,7 +23,7 @@ F64, F32 = np.dtype(np.float64), np.dtype(np.float32)
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 NAN, INF = np.nan, np.inf
 TRITON: Any = on_arrays("linear_cross_entropy", "triton")
-T, C, V = 19, 23, 53
+T, C, V = 19, 23, 37
 
 
 def poison(shape: tuple[int, ...], like: Any) -> Any:
@@ -46,7 +46,7 @@ def drawn(*shape: int, dtype: Any = F64, seed: int = 0) -> Array:
 
 def indices(tokens: int = T, classes: int = V) -> Array:
     y = rng(7).integers(0, classes, tokens)
-    y[rng(8).random(tokens) < 0.25] = -100
+    y[1::4] = -100
     return y
 
 
@@ -210,7 +210,7 @@ def test_parts_of_the_classes_merge_into_the_whole() -> None:
     grads = twn.linear_cross_entropy_vjp(
         np.where(y == -100, 0.0, 1.0), hidden, weight, y, bias=bias, reduction="none", **options
     )
-    parts = {0: slice(0, 31), 31: slice(31, V)}
+    parts = {0: slice(0, 23), 23: slice(23, V)}
     given = {
         first: {"bias": bias[cut], "classes": V, "first_class": first, **options}
         for first, cut in parts.items()
@@ -235,7 +235,7 @@ def test_parts_of_the_classes_merge_into_the_whole() -> None:
 
 def test_argmax_is_the_first_of_equals() -> None:
     hidden, weight, _, y, _ = inputs_of()
-    weight[[40, 50]] = weight[3] = 3 * hidden.sum(axis=0)
+    weight[[20, 35]] = weight[3] = 3 * hidden.sum(axis=0)
     options = {"return_argmax": True, "reduction": "none"}
     got, want = (
         twn.linear_cross_entropy(hidden, weight, y, implementation=by, **options).argmax
