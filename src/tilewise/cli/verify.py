@@ -34,7 +34,7 @@ def verify(
         ),
     ] = "attention",
     implementation: Annotated[
-        str | None, typer.Option("--implementation", help="cpu or reference.")
+        str | None, typer.Option("--implementation", help="cpu, reference or triton.")
     ] = None,
     vjp: Annotated[
         str | None,
