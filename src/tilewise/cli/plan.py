@@ -96,7 +96,7 @@ def compiled(
         (module, arch, name)
         for arch in arches
         for module in planning_modules()
-        for name in _names(module, arch)
+        for name in names_of(module, arch)
         if not names or any(fnmatchcase(name, pattern) for pattern in names)
     ]
     # Compilers run in processes of their own, where kernels are not interpreted.
@@ -120,7 +120,8 @@ def planning_modules() -> list[str]:
     return [".".join((ops.__name__, *part)) for part in parts]
 
 
-def _names(module: str, arch: str) -> list[str]:
+def names_of(module: str, arch: str) -> list[str]:
+    """Return the names of what a module plans for an architecture."""
     return [one.name for one in import_module(module).planned(arch)]
 
 
