@@ -58,7 +58,7 @@ def plan(
     check: Annotated[Path | None, typer.Option(help="Compare with the page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compile every planned GPU kernel; fail where one spills, or does not fit."""
+    """Compile every planned GPU kernel; fail where one spills or does not fit, or the page differs."""
     wanted = arch or list(GPUS)
     for name in set(wanted) - set(GPUS):
         raise value_error("plan", "--arch", f"be one of {', '.join(GPUS)}", repr(name))
@@ -73,9 +73,10 @@ def plan(
         print(json.dumps([one.as_dict() for one in found]))
     else:
         print(tables(rows))
-    wrong = [f"{one.arch} {one.name}: {fault}" for one in found for fault in one.faults()]
-    if check is not None:
-        wrong += differences(rows, read_page(check), whole=not (arch or match))
+    if check is None:
+        wrong = [f"{one.arch} {one.name}: {fault}" for one in found for fault in one.faults()]
+    else:  # what is wrong and on the page is known
+        wrong = differences(rows, read_page(check), whole=not (arch or match))
     for line in wrong:
         print(line)
     if wrong:
