@@ -107,7 +107,7 @@ def tsan(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Every GPU kernel compiled without a GPU: no spills, and as docs/gpu-resources.md says."""
+    """Every GPU kernel compiled without a GPU: it needs what docs/gpu-resources.md says."""
     install(session, ".[triton]")
     code = "from tilewise.cli import main; main()"
     session.run("python", "-c", code, "plan", "--check", "docs/gpu-resources.md", *session.posargs)

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tilewise.cli.plan import differences, page, read_page, row, rows_of, tables
+from tilewise.cli.plan import (
+    differences,
+    names_of,
+    page,
+    planning_modules,
+    read_page,
+    row,
+    rows_of,
+    tables,
+)
 from tilewise.hardware.gpus import GPUS
 from tilewise.hardware.offline import Resources
 
@@ -67,6 +76,15 @@ def test_each_product_is_the_instructions_that_its_extents_take(compiled: list[R
             assert one.instructions[kind] == count, one.name
         if SHORT[one.name]:
             assert one.instructions["tma_load"] >= 4 and one.instructions["tma_store"] >= 2
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_planned_kernel_has_a_name_of_its_own(arch: str) -> None:
+    pytest.importorskip("triton")
+    found = [name for module in planning_modules() for name in names_of(module, arch)]
+    assert len(found) == len(set(found))
+    assert any(name.startswith("attention fwd") for name in found)
+    assert any(name.startswith("hopper") for name in found) == (arch == "sm_90")
 
 
 def resources(**more: object) -> Resources:

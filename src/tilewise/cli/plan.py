@@ -58,7 +58,7 @@ def plan(
     check: Annotated[Path | None, typer.Option(help="Compare with the page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compile every planned GPU kernel; fail where one spills, or does not fit."""
+    """Compile every planned GPU kernel; fail where one spills or does not fit, or the page differs."""
     wanted = arch or list(GPUS)
     for name in set(wanted) - set(GPUS):
         raise value_error("plan", "--arch", f"be one of {', '.join(GPUS)}", repr(name))
@@ -73,9 +73,10 @@ def plan(
         print(json.dumps([one.as_dict() for one in found]))
     else:
         print(tables(rows))
-    wrong = [f"{one.arch} {one.name}: {fault}" for one in found for fault in one.faults()]
-    if check is not None:
-        wrong += differences(rows, read_page(check), whole=not (arch or match))
+    if check is None:
+        wrong = [f"{one.arch} {one.name}: {fault}" for one in found for fault in one.faults()]
+    else:  # what is wrong and on the page is known
+        wrong = differences(rows, read_page(check), whole=not (arch or match))
     for line in wrong:
         print(line)
     if wrong:
@@ -96,7 +97,7 @@ def compiled(
         (module, arch, name)
         for arch in arches
         for module in planning_modules()
-        for name in _names(module, arch)
+        for name in names_of(module, arch)
         if not names or any(fnmatchcase(name, pattern) for pattern in names)
     ]
     # Compilers run in processes of their own, where kernels are not interpreted.
@@ -120,7 +121,8 @@ def planning_modules() -> list[str]:
     return [".".join((ops.__name__, *part)) for part in parts]
 
 
-def _names(module: str, arch: str) -> list[str]:
+def names_of(module: str, arch: str) -> list[str]:
+    """Return the names of what a module plans for an architecture."""
     return [one.name for one in import_module(module).planned(arch)]
 
 

@@ -49,7 +49,7 @@ def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, 
     size = 0 if width <= 64 else 1 if width <= 128 else 2
     if dtype in ("float32", "float64"):
         return ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))[size]
-    return _TILES[kind.replace("dbias", "dq")][size]
+    return _TILES.get(kind, _TILES["dq"])[size]
 
 
 _TILES = {
@@ -60,7 +60,8 @@ _TILES = {
     "second_dq": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
     "second_dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
 }
-"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers."""
+"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers. Kernels without
+an entry take the tiles of dq."""
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
@@ -168,6 +169,7 @@ def _compilation(
         name for name, of in signature.items() if of[0] == "*" or name.startswith("stride")
     ]
     text = "+".join([name.lower() for name, on in options.items() if on]) or "plain"
+    text += " of bits" if given["MASK"] == 2 else ""
     return Compilation(
         f"attention {kind} D{D} {dtype} {text}",
         kernel,

@@ -173,7 +173,7 @@ def _gather_rows(
         **{"H": call.H, "N": call.N, "padded": padded, "rows": rows},
         "DLSE": dlse is not None,
     }
-    chosen = LaunchPlan((padded // ROWS, call.B * call.H), {"ROWS": ROWS, "D": call.D})
+    chosen = LaunchPlan((call.B * call.H, padded // ROWS), {"ROWS": ROWS, "D": call.D})
     device.run(Job("attention_hopper_rows_kernel", chosen, arguments))
     return rows
 

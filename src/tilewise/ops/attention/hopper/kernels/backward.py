@@ -41,9 +41,9 @@ def attention_hopper_rows_kernel(
     hence no weight, so that the passes need no test for it.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
-    head = gl.program_id(1)
+    head = gl.program_id(0)
     b, h = (head // H).to(gl.int64), (head % H).to(gl.int64)
-    i = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))  # [ROWS]
+    i = gl.program_id(1) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))  # [ROWS]
     d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
     exists = i < N
     n = i.to(gl.int64)[:, None]
