@@ -19,6 +19,7 @@ from tilewise.base.operator import Arrays, FlatOperator, Implementation
 _SOFTMAX = {
     "cpu": "tilewise.ops.softmax.cpu",
     "reference": "tilewise.ops.softmax.reference",
+    "triton": "tilewise.ops.softmax.gpu",
 }
 
 TABLE: dict[str, dict[str, str]] = {
@@ -26,10 +27,12 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "tilewise.ops.attention.cpu",
         "reference": "tilewise.ops.attention.reference",
         "triton": "tilewise.ops.attention.gpu",
+        "hopper": "tilewise.ops.attention.hopper",
     },
     "cross_entropy": {
         "cpu": "tilewise.ops.cross_entropy.cpu",
         "reference": "tilewise.ops.cross_entropy.reference",
+        "triton": "tilewise.ops.cross_entropy.gpu",
     },
     "softmax": _SOFTMAX,
     "log_softmax": _SOFTMAX,
@@ -41,11 +44,12 @@ TABLE: dict[str, dict[str, str]] = {
     "linear_cross_entropy": {
         "cpu": "tilewise.ops.linear_cross_entropy.cpu",
         "reference": "tilewise.ops.linear_cross_entropy.reference",
+        "triton": "tilewise.ops.linear_cross_entropy.gpu",
     },
 }
 """For each operator, the module of each implementation, best first."""
 
-DEVICE = ("triton",)
+DEVICE = ("triton", "hopper")
 """The implementations whose calls hold tensors of a GPU and no arrays: frontends choose those."""
 
 _COPIED_BYTES = 1 << 24  # small problems are worth a copy, for there a call costs more

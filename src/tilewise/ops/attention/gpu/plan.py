@@ -52,7 +52,7 @@ def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, 
     kind = kind.replace("dbias", "dq")
     if size == 0 and arch != "sm_90" and kind in _SMALLER:
         return _SMALLER[kind]
-    return _TILES[kind][size]
+    return _TILES.get(kind, _TILES["dq"])[size]
 
 
 _TILES = {
@@ -63,7 +63,8 @@ _TILES = {
     "second_dq": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
     "second_dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
 }
-"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers."""
+"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers. Kernels without
+an entry take the tiles of dq."""
 
 _SMALLER = {"dkv": (32, 64, 4, 1), "jvp": (32, 32, 4, 1), "second_dq": (32, 32, 4, 1)}
 """For rows of up to 64 entries on other architectures than Hopper."""
@@ -174,6 +175,7 @@ def _compilation(
         name for name, of in signature.items() if of[0] == "*" or name.startswith("stride")
     ]
     text = "+".join([name.lower() for name, on in options.items() if on]) or "plain"
+    text += " of bits" if given["MASK"] == 2 else ""
     return Compilation(
         f"attention {kind} D{D} {dtype} {text}",
         kernel,
