@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -107,7 +107,7 @@ def adapted(
 
     own = {kind: getattr(implementation, kind) for kind in _FUNCTIONS}
     functions: dict[str, Any] = {k: None if f is None else on_arrays(f) for k, f in own.items()}
-    return replace(implementation, **functions)
+    return Implementation(implementation.name, **functions, reduces=implementation.reduces)
 
 
 class _Stage:
