@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import tilewise.numpy as twn
 import tilewise.torch as twt
 from tilewise.base.dtypes import unit_roundoff
+from tilewise.base.errors import Unsupported
 from tilewise.dispatch import evaluate_by
 from tilewise.ops.cross_entropy.gpu import launch, plan
 from tilewise.ops.cross_entropy.record import FLAT
@@ -238,6 +239,16 @@ def test_pytorch_differentiates_twice(targets: str) -> None:
         found[by] = (g.detach(), second, moved)
     for a, b in zip(*found.values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_arrays_are_refused_with_a_reason() -> None:
+    """Also where autograd would overwrite logits in the memory of the host."""
+    x, y = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, dtype=torch.int64)
+    reason = "computes on tensors of PyTorch, not on arrays"
+    with pytest.raises(Unsupported, match=reason):
+        twn.cross_entropy(x.detach().numpy(), y.numpy(), implementation="triton")
+    with pytest.raises(Unsupported, match=reason):
+        twt.cross_entropy(2 * x, y, inplace_backward=True, implementation="triton")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -25,6 +25,11 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+def refuses_arrays(x: Any) -> str | None:
+    """Return why kernels do not serve a call whose first input is an array, or None."""
+    return "computes on tensors of PyTorch, not on arrays" if isinstance(x, np.ndarray) else None
+
+
 def launch(kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
     """Launch a kernel, unless there is nothing to do."""
     if 0 in plan.grid:

@@ -259,6 +259,8 @@ def _check_inplace(logits: Tensor, *others: Tensor | None) -> None:
     if logits.is_leaf:
         requirement = "be False where the logits are a leaf, for it would overwrite them"
         raise value_error(NAME, "inplace_backward", requirement, "True")
+    if logits.is_cuda:
+        raise unsupported(NAME, f"{_INPLACE} is not served on a GPU")
     if _are_functorch_transforms_active() or not is_plain(logits, *others):
         raise unsupported(NAME, f"{_INPLACE} is not served under transforms and tracing")
 

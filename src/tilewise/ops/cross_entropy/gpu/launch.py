@@ -34,7 +34,7 @@ from tilewise.shared.row_tiles import (
     whole_strides,
     wide_like,
 )
-from tilewise.shared.triton_launch import INTERPRETS, launch
+from tilewise.shared.triton_launch import INTERPRETS, launch, refuses_arrays
 from tilewise.shared.triton_losses import mean_factor_kernel, reduce_rows_kernel
 from tilewise.shared.triton_rows import sum_parts_kernel
 
@@ -260,6 +260,18 @@ def _cotangents(prefix: str, given: Cotangents) -> dict[str, Tensor | None]:
     return {f"{prefix}_ptr": loss, f"{prefix}_lse_ptr": lse, f"{prefix}_z_ptr": z_loss}
 
 
+def refuses(call: EntropyCall) -> str | None:
+    """Return why a call is not served, or None."""
+    return refuses_arrays(call.logits)
+
+
 IMPLEMENTATION = Implementation(
-    "triton", forward, vjp, jvp, vjp_jvp, reduces=True, interprets=INTERPRETS
+    "triton",
+    forward,
+    vjp,
+    jvp,
+    vjp_jvp,
+    refuses=refuses,
+    reduces=True,
+    interprets=INTERPRETS,
 )

@@ -34,7 +34,7 @@ from tilewise.shared.row_tiles import (
     reduction_plan,
     wide_like,
 )
-from tilewise.shared.triton_launch import INTERPRETS, architecture, launch
+from tilewise.shared.triton_launch import INTERPRETS, architecture, launch, refuses_arrays
 from tilewise.shared.triton_losses import mean_factor_kernel, reduce_rows_kernel
 from tilewise.shared.triton_rows import sum_parts_kernel
 
@@ -378,6 +378,18 @@ def _cotangents(
     return {f"{prefix}_ptr": loss, f"{prefix}_lse_ptr": lse, f"{prefix}_entropy_ptr": entropy}
 
 
+def refuses(call: LossCall) -> str | None:
+    """Return why a call is not served, or None."""
+    return refuses_arrays(call.hidden)
+
+
 IMPLEMENTATION = Implementation(
-    "triton", forward, vjp, jvp, vjp_jvp, reduces=True, interprets=INTERPRETS
+    "triton",
+    forward,
+    vjp,
+    jvp,
+    vjp_jvp,
+    refuses=refuses,
+    reduces=True,
+    interprets=INTERPRETS,
 )

@@ -34,7 +34,7 @@ from tilewise.shared.row_tiles import (
     whole_strides,
     wide_like,
 )
-from tilewise.shared.triton_launch import INTERPRETS, launch
+from tilewise.shared.triton_launch import INTERPRETS, launch, refuses_arrays
 from tilewise.shared.triton_rows import sum_parts_kernel
 
 from .kernels import softmax_derivative_kernel, softmax_fwd_kernel, softmax_merge_kernel
@@ -227,4 +227,17 @@ def _numbers(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {f"{name}_ptr": dense(tensor)[0] for name, tensor in tensors.items()}
 
 
-IMPLEMENTATION = Implementation("triton", forward, vjp, jvp, vjp_jvp, interprets=INTERPRETS)
+def refuses(call: SoftmaxCall) -> str | None:
+    """Return why a call is not served, or None."""
+    return refuses_arrays(call.x)
+
+
+IMPLEMENTATION = Implementation(
+    "triton",
+    forward,
+    vjp,
+    jvp,
+    vjp_jvp,
+    refuses=refuses,
+    interprets=INTERPRETS,
+)
