@@ -19,6 +19,7 @@ from tilewise.base.operator import Arrays, FlatOperator, Implementation
 _SOFTMAX = {
     "cpu": "tilewise.ops.softmax.cpu",
     "reference": "tilewise.ops.softmax.reference",
+    "triton": "tilewise.ops.softmax.gpu",
 }
 
 TABLE: dict[str, dict[str, str]] = {
@@ -31,6 +32,7 @@ TABLE: dict[str, dict[str, str]] = {
     "cross_entropy": {
         "cpu": "tilewise.ops.cross_entropy.cpu",
         "reference": "tilewise.ops.cross_entropy.reference",
+        "triton": "tilewise.ops.cross_entropy.gpu",
     },
     "softmax": _SOFTMAX,
     "log_softmax": _SOFTMAX,
@@ -42,6 +44,7 @@ TABLE: dict[str, dict[str, str]] = {
     "linear_cross_entropy": {
         "cpu": "tilewise.ops.linear_cross_entropy.cpu",
         "reference": "tilewise.ops.linear_cross_entropy.reference",
+        "triton": "tilewise.ops.linear_cross_entropy.gpu",
     },
 }
 """For each operator, the module of each implementation, best first."""

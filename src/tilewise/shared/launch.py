@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+INTERPRETER = "interpreter"
+"""The architecture of Triton's interpreter, whose tiles are small so that tests have several."""
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:

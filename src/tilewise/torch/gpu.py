@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -66,6 +66,8 @@ def run(
     first = tensors[operator.first[kind]]
     name = _chosen(operator.name, options["implementation"], first)
     given = [None if t is None else _readable(t) for t in tensors]
+    if operator.orders:
+        given = [None if t is None else t.contiguous() for t in given]
     one = partial(_run_one, operator, kind, name, options, needed)
     extra = first.ndim - operator.rank
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
@@ -105,7 +107,8 @@ def adapted(
 
     own = {kind: getattr(implementation, kind) for kind in _FUNCTIONS}
     functions: dict[str, Any] = {k: None if f is None else on_arrays(f) for k, f in own.items()}
-    return Implementation(implementation.name, **functions)
+    # What it refuses is asked with tensors, above.
+    return replace(implementation, **functions, refuses=lambda call: None)
 
 
 class _Stage:

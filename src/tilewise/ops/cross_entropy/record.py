@@ -40,7 +40,8 @@ Shape = tuple[int, ...]
 
 def forward(chosen: Implementation, call: EntropyCall) -> EntropyOutputs:
     """Return the results of a call, reduced."""
-    return reduced_outputs(call, chosen.forward(call, None))
+    found: EntropyOutputs = chosen.forward(call, None)
+    return found if chosen.reduces else reduced_outputs(call, found)
 
 
 def vjp(
@@ -52,7 +53,8 @@ def vjp(
     out: Array | None = None,
 ) -> EntropyGrads:
     """Return the gradients for cotangents of the reduced results."""
-    found: EntropyGrads = chosen.vjp(call, spread_cotangents(call, given), stats, needed, out)
+    rows = given if chosen.reduces else spread_cotangents(call, given)
+    found: EntropyGrads = chosen.vjp(call, rows, stats, needed, out)
     return found
 
 
@@ -73,7 +75,8 @@ def jvp(
 ) -> EntropyTangents:
     """Return the tangents of the reduced results."""
     assert chosen.jvp is not None
-    return reduced_tangents(call, chosen.jvp(call, tangents, stats))
+    found: EntropyTangents = chosen.jvp(call, tangents, stats)
+    return found if chosen.reduces else reduced_tangents(call, found)
 
 
 def vjp_jvp(
@@ -85,12 +88,13 @@ def vjp_jvp(
 ) -> EntropyGrads:
     """Return the tangents of the gradients for cotangents of the reduced results."""
     assert chosen.vjp_jvp is not None
-    rows = SecondCall(
-        spread_cotangents(call, second.cotangents),
-        second.tangents,
-        spread_cotangents(call, second.moved),
-    )
-    found: EntropyGrads = chosen.vjp_jvp(call, rows, stats, needed)
+    if not chosen.reduces:
+        second = SecondCall(
+            spread_cotangents(call, second.cotangents),
+            second.tangents,
+            spread_cotangents(call, second.moved),
+        )
+    found: EntropyGrads = chosen.vjp_jvp(call, second, stats, needed)
     return found
 
 
@@ -185,4 +189,6 @@ FLAT = FlatOperator(
     jvp=_jvp,
     vjp_jvp=_vjp_jvp,
     output_tangents=False,
+    read_outputs=(),
+    read_inputs=("targets", "weight"),
 )

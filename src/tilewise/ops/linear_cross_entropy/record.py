@@ -42,6 +42,9 @@ OPTIONS = (
 )
 """The options of a call; beside them are "lse" and "entropy", whether these are asked for."""
 
+PART = ("first_class", "classes")
+"""The options of a call for a part of the classes; without them it is for all."""
+
 _GRADIENTS = {"dhidden": "hidden", "dweight": "weight", "dbias": "bias"}
 
 
@@ -81,6 +84,7 @@ def prepare_flat(inputs: Sequence[Array | None], options: Mapping[str, Any]) -> 
     """Validate a call."""
     hidden, weight, bias, targets, class_weight = inputs
     given = {name: options[name] for name in OPTIONS}
+    given |= {name: options[name] for name in PART if name in options}
     call = prepare(hidden, weight, targets, bias=bias, class_weight=class_weight, **given)
     return FlatCall(**vars(call), lse=options["lse"], entropy=options["entropy"])
 
@@ -96,9 +100,12 @@ def forward(chosen: Implementation, call: FlatCall, needed: Sequence[bool]) -> A
     )
     found: LossOutputs = chosen.forward(call, want)
     m, log_l = found.stats
-    lse = m + log_l if call.lse else _nothing(call)
+    lse = _nothing(call)
+    if call.lse:
+        lse = m + log_l if found.lse is None else found.lse
     entropy = _nothing(call) if found.entropy is None else found.entropy
-    return call.reduce(found.loss), lse, entropy, found.argmax, m, log_l, *found.grads
+    loss = found.loss if chosen.reduces else call.reduce(found.loss)
+    return loss, lse, entropy, found.argmax, m, log_l, *found.grads
 
 
 def vjp(
@@ -112,7 +119,7 @@ def vjp(
     """Return dhidden, dweight, dbias."""
     dloss, dlse, dentropy = (_some(a) for a in cotangents)
     wanted = Needed(*needed)
-    joined = joins_gradients(call.dtype, vars(call))
+    joined = joins_gradients(call.dtype, vars(call)) and not chosen.reduces
     if joined and dloss is not None and dlse is None and dentropy is None:
         grads = LossGrads(*residuals[2:])
         missing = [want and grad is None for want, grad in zip(needed, grads, strict=True)]
@@ -120,7 +127,7 @@ def vjp(
             # The function of the forward pass, so that gradients that were kept have equal bits.
             grads = chosen.forward(call, Want(ignored=False, gradients=wanted)).grads
         return tuple([_times(grad, dloss) for grad in grads])
-    given = _cotangents(call, (dloss, dlse, dentropy), outputs, residuals)
+    given = cotangent_call(chosen, call, (dloss, dlse, dentropy), outputs, residuals)
     return tuple(chosen.vjp(call, given, wanted))
 
 
@@ -134,10 +141,11 @@ def jvp(
 ) -> Arrays:
     """Return tloss, tlse, tentropy."""
     assert chosen.jvp is not None
-    moved: RowTangents = chosen.jvp(call, _tangents(call, tangents, outputs, residuals))
+    moved: RowTangents = chosen.jvp(call, _tangents(chosen, call, tangents, outputs, residuals))
     tlse = moved.tlse if call.lse else _nothing(call)
     tentropy = _nothing(call) if moved.tentropy is None else moved.tentropy
-    return call.reduce(moved.tloss), tlse, tentropy
+    tloss = moved.tloss if chosen.reduces else call.reduce(moved.tloss)
+    return tloss, tlse, tentropy
 
 
 def vjp_jvp(
@@ -155,27 +163,40 @@ def vjp_jvp(
     assert chosen.vjp_jvp is not None
     tdloss, tdlse, tdentropy = (_some(a) for a in cotangent_tangents)
     second = SecondCall(
-        _cotangents(call, cotangents, outputs, residuals),
-        _tangents(call, tangents, outputs, residuals),
-        call.spread(tdloss),
+        cotangent_call(chosen, call, cotangents, outputs, residuals),
+        _tangents(chosen, call, tangents, outputs, residuals),
+        tdloss if chosen.reduces else call.spread(tdloss),
         tdlse,
         tdentropy,
     )
     return tuple(chosen.vjp_jvp(call, second, Needed(*needed)))
 
 
-def _cotangents(
-    call: FlatCall, cotangents: Arrays, outputs: Arrays, residuals: Sequence[Any]
+def cotangent_call(
+    chosen: Implementation,
+    call: FlatCall,
+    cotangents: Arrays,
+    outputs: Arrays,
+    residuals: Sequence[Any],
 ) -> CotangentCall:
+    """Return the cotangents of a call as implementations take them."""
     dloss, dlse, dentropy = (_some(a) for a in cotangents)
+    if not chosen.reduces:
+        dloss = call.spread(dloss)
     stats = LossStats(*residuals[:2])
-    return CotangentCall(call.spread(dloss), dlse, dentropy, stats, _some(outputs[2]))
+    return CotangentCall(dloss, dlse, dentropy, stats, _some(outputs[2]))
 
 
 def _tangents(
-    call: FlatCall, tangents: Sequence[Any], outputs: Arrays, residuals: Sequence[Any]
+    chosen: Implementation,
+    call: FlatCall,
+    tangents: Sequence[Any],
+    outputs: Arrays,
+    residuals: Sequence[Any],
 ) -> TangentCall:
-    thidden, tweight, tbias = (None if t is None else np.ascontiguousarray(t) for t in tangents)
+    if not chosen.reduces:
+        tangents = [None if t is None else np.ascontiguousarray(t) for t in tangents]
+    thidden, tweight, tbias = tangents
     entropy = _some(outputs[2])
     ignored = call.lse or call.entropy
     return TangentCall(thidden, tweight, tbias, LossStats(*residuals[:2]), entropy, ignored)
@@ -213,7 +234,10 @@ FLAT = FlatOperator(
     jvp=jvp,
     vjp_jvp=vjp_jvp,
     output_tangents=False,
+    read_outputs=("entropy",),
     dtypes={"argmax": "int64", **_GRADIENTS},
     kept_gradients=len(_GRADIENTS),
     joins=joins_gradients,
+    read_inputs=("targets", "class_weight"),
+    orders=True,
 )

@@ -49,6 +49,9 @@ def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, 
     size = 0 if width <= 64 else 1 if width <= 128 else 2
     if dtype in ("float32", "float64"):
         return ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))[size]
+    kind = kind.replace("dbias", "dq")
+    if size == 0 and arch != "sm_90" and kind in _SMALLER:
+        return _SMALLER[kind]
     return _TILES.get(kind, _TILES["dq"])[size]
 
 
@@ -62,6 +65,9 @@ _TILES = {
 }
 """For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers. Kernels without
 an entry take the tiles of dq."""
+
+_SMALLER = {"dkv": (32, 64, 4, 1), "jvp": (32, 32, 4, 1), "second_dq": (32, 32, 4, 1)}
+"""For rows of up to 64 entries on other architectures than Hopper."""
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:

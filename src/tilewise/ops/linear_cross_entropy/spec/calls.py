@@ -178,6 +178,7 @@ class LossOutputs(NamedTuple):
         picked: `(T,)`. Sum over the classes of the call of the target's weights times the logits.
         mass: `(T,)`. Sum of these weights.
         grads: Gradients of the reduced loss.
+        lse: `(T,)`. The log-sum-exp, or None where it is the sum of the statistics.
     """
 
     loss: Array
@@ -187,6 +188,7 @@ class LossOutputs(NamedTuple):
     picked: Array | None = None
     mass: Array | None = None
     grads: LossGrads = LossGrads()
+    lse: Array | None = None
 
 
 class RowTangents(NamedTuple):
@@ -214,6 +216,8 @@ class CotangentCall:
         stats: Row statistics, of all parts where the call is one part of the classes.
         entropy: `(T,)`. The entropy, needed with dentropy.
         mass: `(T,)`. Sum of the target's weights over all parts where the call is one part.
+        accumulator: `(V, C)`, dtype of weight or of sums. The gradient by weight, where that is
+            needed, is added to it and not returned; None returns it.
     """
 
     dloss: Array | None
@@ -222,6 +226,7 @@ class CotangentCall:
     stats: LossStats
     entropy: Array | None = None
     mass: Array | None = None
+    accumulator: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

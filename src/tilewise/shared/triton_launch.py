@@ -1,0 +1,42 @@
+"""Launches Triton kernels, compiled or interpreted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import triton
+
+from .launch import INTERPRETER, LaunchPlan
+from .triton_rows import sum_parts_kernel
+
+INTERPRETS = not isinstance(sum_parts_kernel, triton.JITFunction)
+"""Whether Triton interprets its kernels, on the CPU, instead of compiling them."""
+
+
+def architecture() -> str:
+    """Return the architecture that kernels run on."""
+    if INTERPRETS:
+        return INTERPRETER
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def launch(kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
+    """Launch a kernel, unless there is nothing to do."""
+    if 0 in plan.grid:
+        return
+    given = {**arguments, **plan.constants}
+    with _unwarned() if INTERPRETS else nullcontext():
+        kernel[plan.grid](**given, num_warps=plan.num_warps, num_stages=plan.num_stages)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Compute with NumPy as a GPU does: NaN without a word, and bounds of loops from arrays."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
