@@ -58,7 +58,7 @@ def plan(
     check: Annotated[Path | None, typer.Option(help="Compare with the page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compile every planned GPU kernel; fail where one spills, does not fit, or the page is old."""
+    """Compile every planned GPU kernel; fail where one spills, or differs from the page."""
     wanted = arch or list(GPUS)
     for name in set(wanted) - set(GPUS):
         raise value_error("plan", "--arch", f"be one of {', '.join(GPUS)}", repr(name))
