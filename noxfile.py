@@ -12,7 +12,8 @@ nox.options.sessions = ["tests", "lint", "types", "layers", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-MARK = "pytestmark = pytest.mark.sanitize"
+MARK = "pytest.mark.sanitize"
+PORTABLE = ("-C", "cmake.define.TILEWISE_PORTABLE=ON")  # the soonest built
 
 
 def install(session: nox.Session, *what: str) -> None:
@@ -47,7 +48,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types, and the stub of the compiled module against the module itself."""
-    install(session, ".", *tools("mypy", "nanobind"))
+    install(session, *PORTABLE, ".", *tools("mypy", "nanobind"))
     session.run("mypy")
     stub = Path(session.create_tmp()) / "_core.pyi"
     session.run("python", "-m", "nanobind.stubgen", "-q", "-m", "tilewise._core", "-o", str(stub))
@@ -99,7 +100,17 @@ def tsan(session: nox.Session) -> None:
         "thread",
         "libtsan.so",
         {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
+        # Threads meet in the code that all targets share.
+        PORTABLE,
     )
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Every GPU kernel compiled without a GPU: it needs what docs/gpu-resources.md says."""
+    install(session, ".[triton]")
+    code = "from tilewise.cli import main; main()"
+    session.run("python", "-c", code, "plan", "--check", "docs/gpu-resources.md", *session.posargs)
 
 
 @nox.session
@@ -122,7 +133,13 @@ def tools(*names: str) -> list[str]:
     return [line for line in extra("lint") if line.startswith(names)]
 
 
-def sanitized(session: nox.Session, kinds: str, library: str, options: dict[str, str]) -> None:
+def sanitized(
+    session: nox.Session,
+    kinds: str,
+    library: str,
+    options: dict[str, str],
+    settings: tuple[str, ...] = (),
+) -> None:
     """Build the core with a sanitizer and run the tests marked `sanitize`."""
     # Only those modules are collected: PyTorch does not start under the sanitizers.
     marked = [str(path) for path in Path("tests").rglob("test_*.py") if MARK in path.read_text()]
@@ -137,6 +154,7 @@ def sanitized(session: nox.Session, kinds: str, library: str, options: dict[str,
         "cmake.build-type=Release",
         "-C",
         "install.strip=false",
+        *settings,
         ".",
         env={"CC": "gcc", "CXX": "g++"},
     )

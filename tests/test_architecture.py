@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tilewise.dispatch import DEVICE, TABLE
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "tilewise"
 CPP = ROOT / "cpp"
@@ -30,7 +32,15 @@ PLACES = {
         "tilewise.verify.tensors",
         "tilewise.verify.textbook",
     ),
-    "triton": ("tilewise.ops.attention.gpu", "tilewise.shared.triton_math"),
+    "triton": (
+        *(modules[name] for modules in TABLE.values() for name in DEVICE if name in modules),
+        "tilewise.shared.triton_launch",
+        "tilewise.shared.triton_losses",
+        "tilewise.shared.triton_math",
+        "tilewise.shared.triton_rows",
+        "tilewise.hardware.offline",
+        "tilewise.bench.board_steps",
+    ),
     "jax": ("tilewise.jax", "tilewise.distributed", "tilewise.bench"),
     "transformers": ("tilewise.transformers",),
     "scipy": ("tilewise.jacobian",),

@@ -11,7 +11,7 @@ import pytest
 
 import tilewise as tw
 
-pytestmark = pytest.mark.sanitize
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("guarded_arrays")]
 
 _core = pytest.importorskip("tilewise._core")
 

@@ -1,4 +1,4 @@
-"""A short walk through the compiled softmax and losses: every target, dtype and function."""
+"""A short walk through the compiled softmax and losses, for the sanitizers to watch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import tilewise as tw
+
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("guarded_arrays")]
 
 _core = pytest.importorskip("tilewise._core")
 

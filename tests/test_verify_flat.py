@@ -1,4 +1,4 @@
-"""The audit of softmax, cross-entropy and linear passes them and flags planted faults."""
+"""The audit of softmax, linear and the cross-entropies passes them and flags planted faults."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tilewise.base.operator import Implementation
 from tilewise.cli import app
 from tilewise.ops.cross_entropy import reference as entropy
 from tilewise.ops.linear import reference as linear
+from tilewise.ops.linear_cross_entropy import reference as fused
 from tilewise.ops.softmax import reference as softmax
 from tilewise.verify.flat import ENTRIES, consult_flat
 
@@ -175,6 +176,19 @@ def ignored_rows_count(call: Any, given: Any, stats: Any, needed: Any, out: Any 
     return entropy.vjp(kept, given, stats._replace(total=1 + 0 * stats.total), needed, out)
 
 
+def one_token_short(call: Any, given: Any, needed: Any) -> Any:
+    dloss = given.dloss.copy()
+    dloss[-1] = 0
+    short = fused.vjp(call, replace(given, dloss=dloss), needed)
+    return fused.vjp(call, given, needed)._replace(dweight=short.dweight)
+
+
+def tangents_of_other_statistics(call: Any, given: Any) -> Any:
+    """Sums of weights that are not those of the normaliser."""
+    m = given.stats.m + np.float32(3e-5)
+    return fused.jvp(call, replace(given, stats=given.stats._replace(m=m)))
+
+
 OTHERS: dict[str, tuple[str, Any, dict[str, Any], str, set[str]]] = {
     "half of dw": ("linear", linear, {"vjp": dw_of_half_the_rows}, "size/41", {"dw"}),
     "tdx": ("linear", linear, {"vjp_jvp": tdx_without_tw}, "size/41", {"tdx"}),
@@ -191,6 +205,14 @@ OTHERS: dict[str, tuple[str, Any, dict[str, Any], str, set[str]]] = {
         {"forward": loss_without_smoothing},
         "/smoothed",
         {"loss"},
+    ),
+    "token": ("linear_cross_entropy", fused, {"vjp": one_token_short}, "bias/none", {"dweight"}),
+    "tangents": (
+        "linear_cross_entropy",
+        fused,
+        {"jvp": tangents_of_other_statistics},
+        "values/100",
+        {"tlse", "tloss", "tentropy"},
     ),
     "ignored": (
         "cross_entropy",
@@ -213,9 +235,27 @@ def test_planted_fault_of_others_is_flagged_where_it_is(
     assert {check.name for _, check in report.failures} == expected
 
 
+def slope_of_the_capped_logit(call: Any, given: Any, stats: Any, needed: Any, out: Any = None):
+    """The derivative of the soft cap from its result, which is all but the cap far above it."""
+    cap = np.float32(call.options.softcap)
+    u = call.logits.astype(np.float64) / cap
+    t = cap * np.tanh(u).astype(np.float32) * (1 / cap)
+    found = entropy.vjp(call, given, stats, needed, out)
+    wrong = np.where(t * t < 1, (1 - t * t) * np.cosh(u) ** 2, 0)
+    return found._replace(dlogits=(found.dlogits * wrong).astype(call.dtype))
+
+
+def test_slope_of_the_soft_cap_has_its_digits_far_above_the_cap(plant: Plant) -> None:
+    plant("cross_entropy", changed(entropy, vjp=slope_of_the_capped_logit))
+    report = verify.run("cross_entropy", "planted", "softcap", dtypes=["float32"])
+    failed = {(case.name, check.name) for case, check in report.failures}
+    assert failed == {("values/large-softcap", "dlogits")}
+
+
 @pytest.mark.parametrize("operator", ENTRIES)
 def test_right_implementation_under_another_name_passes(plant: Plant, operator: str) -> None:
-    module = {"linear": linear, "cross_entropy": entropy}.get(operator, softmax)
+    others = {"linear": linear, "cross_entropy": entropy, "linear_cross_entropy": fused}
+    module = others.get(operator, softmax)
     plant(operator, changed(module))
     report = verify.run(operator, "planted", "size/", dtypes=["float32", "float16"])
     assert report.passed, report.failures
@@ -287,7 +327,10 @@ def test_command_exits_with_1_and_writes_what_failed(plant: Plant, tmp_path: Any
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"implementation": "fast"}, "softmax: implementation must be one of 'cpu', 'reference'"),
+        (
+            {"implementation": "fast"},
+            "softmax: implementation must be one of 'cpu', 'reference', 'triton'",
+        ),
         ({"select": "no such"}, "select must be part of a case's name"),
         ({"vjp": "math:sin"}, "vjp must come with a function"),
         ({"tensors": True}, "tensors must come with a function"),

@@ -1,33 +1,9 @@
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-
-#include <optional>
-#include <stdexcept>
-#include <string>
-
 #include "ops/cross_entropy.hpp"
 
-namespace nb = nanobind;
+#include "bindings/row_arrays.hpp"
 
 namespace tilewise {
 namespace {
-
-using In = nb::ndarray<nb::ro, nb::device::cpu>;
-using Out = nb::ndarray<nb::device::cpu>;
-template <class A>
-using Maybe = std::optional<A>;
-
-// Everything was validated by spec.py; this guards memory where _core is called directly.
-[[noreturn]] void refuse(const char* name, const char* why) {
-  throw std::invalid_argument(std::string("cross_entropy: ") + name + " " + why);
-}
-
-template <class A>
-int64_t dim(const A& x, size_t i) {
-  return static_cast<int64_t>(x.shape(i));
-}
 
 struct Options {
   int64_t ignore_index;
@@ -35,26 +11,15 @@ struct Options {
 };
 
 // A call as it is put together from arrays.
-class Call {
+class Call : public RowArrays {
  public:
   CrossEntropyProblem problem;
 
   Call(const In& x, const Maybe<In>& targets, const Maybe<In>& probabilities,
-       const Maybe<In>& weight, const Options& options, const Maybe<std::string>& storage) {
-    if (x.ndim() != 3 || x.shape(1) == 0) refuse("x", "must have 3 dimensions and a column");
-    if (!storage) {
-      if (x.dtype() == nb::dtype<double>())
-        storage_ = computed_ = Storage::kFloat64;
-      else if (x.dtype() != nb::dtype<float>())
-        refuse("x", "must be float32 or float64 where no storage is given");
-    } else if (*storage == "bfloat16") {
-      storage_ = Storage::kBfloat16;
-    } else if (*storage == "float16") {
-      storage_ = Storage::kFloat16;
-    } else {
-      refuse("storage", "must be bfloat16 or float16");
-    }
-    problem.outer = dim(x, 0), problem.columns = dim(x, 1), problem.inner = dim(x, 2);
+       const Maybe<In>& weight, const Options& options, const Maybe<std::string>& bits)
+      : RowArrays("cross_entropy", x, bits) {
+    if (columns == 0) refuse("x", "must have a column");
+    problem.outer = outer, problem.columns = columns, problem.inner = inner;
     problem.ignore_index = options.ignore_index;
     problem.label_smoothing = options.label_smoothing;
     problem.z_loss = options.z_loss;
@@ -71,54 +36,20 @@ class Call {
     problem.weight = weight->data();
   }
 
-  template <class A>
-  View3 entries(const A& x, const char* name) const {
-    if (x.ndim() != 3 || dim(x, 0) != problem.outer || dim(x, 1) != problem.columns ||
-        dim(x, 2) != problem.inner)
-      refuse(name, "has another shape than x");
-    View3 v{x.data(), x.stride(0), x.stride(1), x.stride(2)};
-    if (bytes_of(storage_) == 2 && x.dtype() == nb::dtype<uint16_t>())
-      v.storage = storage_;
-    else if (is_computed(x))
-      v.storage = computed_;
-    else
-      refuse(name, "has another dtype than the call");
-    return v;
-  }
-  template <class A>
-  View3 entries(const Maybe<A>& x, const char* name) const {
-    return x ? entries(*x, name) : View3{};
-  }
-  template <class A>
-  View3 numbers(const Maybe<A>& x, const char* name) const {
-    if (!x) return {};
-    if (x->ndim() != 2 || dim(*x, 0) != problem.outer || dim(*x, 1) != problem.inner)
-      refuse(name, "has another shape than the rows");
-    if (!is_computed(*x)) refuse(name, "has another dtype than the call");
-    View3 v{x->data(), x->stride(0), 0, x->stride(1)};
-    v.storage = computed_;
-    return v;
-  }
   void take_saved(const In& m, const In& log_l, const In& total) {
-    problem.m = numbers(Maybe<In>(m), "m");
-    problem.log_l = numbers(Maybe<In>(log_l), "log_l");
-    problem.total = numbers(Maybe<In>(total), "total");
+    problem.m = numbers(m, "m");
+    problem.log_l = numbers(log_l, "log_l");
+    problem.total = numbers(total, "total");
   }
 
   // Without the interpreter's lock.
   void run(void (*CrossEntropyFunctions::*function)(const CrossEntropyProblem&)) const {
-    const CrossEntropyFunctions& functions = cross_entropy_functions(computed_);
+    const CrossEntropyFunctions& functions = cross_entropy_functions(computed);
     nb::gil_scoped_release released;
     (functions.*function)(problem);
   }
 
  private:
-  Storage storage_ = Storage::kFloat32, computed_ = Storage::kFloat32;
-
-  template <class A>
-  bool is_computed(const A& x) const {
-    return x.dtype() == (computed_ == Storage::kFloat64 ? nb::dtype<double>() : nb::dtype<float>());
-  }
   void take_targets(const In& targets) {
     if (targets.ndim() != 2 || dim(targets, 0) != problem.outer || dim(targets, 1) != problem.inner)
       refuse("targets", "has another shape than the rows");

@@ -222,13 +222,12 @@ void vjp(In hidden, In weight, In targets, In m, In log_l, Maybe<In> mass, Maybe
   call.run(&LinearCrossEntropyFunctions::vjp);
 }
 
-void jvp(In hidden, In weight, In targets, In m, In log_l, Maybe<In> mass, Maybe<In> entropy,
-         Maybe<In> thidden, Maybe<In> tweight, Maybe<In> tbias, Maybe<Out> tloss, Maybe<Out> tlse,
-         Maybe<Out> tz, Maybe<Out> tentropy, TW_OPTIONS) {
+void jvp(In hidden, In weight, In targets, In m, Maybe<In> mass, Maybe<In> thidden,
+         Maybe<In> tweight, Maybe<In> tbias, Maybe<Out> tloss, Maybe<Out> tlse, Maybe<Out> tz,
+         Maybe<Out> tentropy, TW_OPTIONS) {
   Call call(hidden, weight, targets, TW_OPTIONS_GIVEN);
-  call.take_saved(m, log_l, mass, entropy);
+  call.take_saved(m, {}, mass, {});
   call.take_tangents(thidden, tweight, tbias);
-  if (tentropy && !entropy) refuse("entropy", "is needed for tentropy");
   CrossEntropyResults& out = call.problem.out;
   out.loss = call.row_numbers(tloss, "tloss");
   out.lse = call.row_numbers(tlse, "tlse");
@@ -237,13 +236,12 @@ void jvp(In hidden, In weight, In targets, In m, In log_l, Maybe<In> mass, Maybe
   call.run(&LinearCrossEntropyFunctions::jvp);
 }
 
-void vjp_jvp(In hidden, In weight, In targets, In m, In log_l, Maybe<In> mass, Maybe<In> entropy,
-             Maybe<In> g, Maybe<In> g_lse, Maybe<In> g_z, Maybe<In> g_entropy, Maybe<In> thidden,
-             Maybe<In> tweight, Maybe<In> tbias, Maybe<In> tg, Maybe<In> tg_lse, Maybe<In> tg_z,
-             Maybe<In> tg_entropy, Maybe<Out> tdhidden, Maybe<Out> tdweight, Maybe<Out> tdbias,
-             TW_OPTIONS) {
+void vjp_jvp(In hidden, In weight, In targets, In m, Maybe<In> mass, Maybe<In> g, Maybe<In> g_lse,
+             Maybe<In> g_z, Maybe<In> g_entropy, Maybe<In> thidden, Maybe<In> tweight,
+             Maybe<In> tbias, Maybe<In> tg, Maybe<In> tg_lse, Maybe<In> tg_z, Maybe<In> tg_entropy,
+             Maybe<Out> tdhidden, Maybe<Out> tdweight, Maybe<Out> tdbias, TW_OPTIONS) {
   Call call(hidden, weight, targets, TW_OPTIONS_GIVEN);
-  call.take_saved(m, log_l, mass, entropy);
+  call.take_saved(m, {}, mass, {});
   call.take_tangents(thidden, tweight, tbias);
   CrossEntropyRows& rows = call.problem.rows;
   rows.g = call.row_numbers(g, "g");
@@ -254,7 +252,6 @@ void vjp_jvp(In hidden, In weight, In targets, In m, In log_l, Maybe<In> mass, M
   rows.tg_lse = call.row_numbers(tg_lse, "tg_lse");
   rows.tg_z = call.row_numbers(tg_z, "tg_z");
   rows.tg_entropy = call.row_numbers(tg_entropy, "tg_entropy");
-  if ((g_entropy || tg_entropy) && !entropy) refuse("entropy", "is needed for its cotangent");
   call.take_gradients(tdhidden, tdweight, tdbias, false);
   call.run(&LinearCrossEntropyFunctions::vjp_jvp);
 }
@@ -273,16 +270,16 @@ void bind_linear_cross_entropy(nb::module_& m) {
         TW_MAYBE("g_entropy"), TW_MAYBE("dhidden"), TW_MAYBE("dweight"), TW_MAYBE("dbias"),
         nb::arg("accumulate_dweight") = false, nb::arg("gradient_filter") = 0.0, TW_OPTION_NAMES,
         "Write the gradients that are given; dweight is added to where accumulate_dweight.");
-  m.def("linear_cross_entropy_jvp", jvp, TW_INPUTS, nb::kw_only(), nb::arg("m"), nb::arg("log_l"),
-        TW_MAYBE("mass"), TW_MAYBE("entropy"), TW_MAYBE("thidden"), TW_MAYBE("tweight"),
-        TW_MAYBE("tbias"), TW_MAYBE("tloss"), TW_MAYBE("tlse"), TW_MAYBE("tz"),
-        TW_MAYBE("tentropy"), TW_OPTION_NAMES, "Write the tangents of the results.");
+  m.def("linear_cross_entropy_jvp", jvp, TW_INPUTS, nb::kw_only(), nb::arg("m"), TW_MAYBE("mass"),
+        TW_MAYBE("thidden"), TW_MAYBE("tweight"), TW_MAYBE("tbias"), TW_MAYBE("tloss"),
+        TW_MAYBE("tlse"), TW_MAYBE("tz"), TW_MAYBE("tentropy"), TW_OPTION_NAMES,
+        "Write the tangents of the results.");
   m.def("linear_cross_entropy_vjp_jvp", vjp_jvp, TW_INPUTS, nb::kw_only(), nb::arg("m"),
-        nb::arg("log_l"), TW_MAYBE("mass"), TW_MAYBE("entropy"), TW_MAYBE("g"), TW_MAYBE("g_lse"),
-        TW_MAYBE("g_z"), TW_MAYBE("g_entropy"), TW_MAYBE("thidden"), TW_MAYBE("tweight"),
-        TW_MAYBE("tbias"), TW_MAYBE("tg"), TW_MAYBE("tg_lse"), TW_MAYBE("tg_z"),
-        TW_MAYBE("tg_entropy"), TW_MAYBE("tdhidden"), TW_MAYBE("tdweight"), TW_MAYBE("tdbias"),
-        TW_OPTION_NAMES, "Write the tangents of the gradients that are given.");
+        TW_MAYBE("mass"), TW_MAYBE("g"), TW_MAYBE("g_lse"), TW_MAYBE("g_z"), TW_MAYBE("g_entropy"),
+        TW_MAYBE("thidden"), TW_MAYBE("tweight"), TW_MAYBE("tbias"), TW_MAYBE("tg"),
+        TW_MAYBE("tg_lse"), TW_MAYBE("tg_z"), TW_MAYBE("tg_entropy"), TW_MAYBE("tdhidden"),
+        TW_MAYBE("tdweight"), TW_MAYBE("tdbias"), TW_OPTION_NAMES,
+        "Write the tangents of the gradients that are given.");
 }
 
 }  // namespace tilewise

@@ -1,56 +1,20 @@
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-
-#include <optional>
-#include <stdexcept>
-#include <string>
-
 #include "ops/softmax.hpp"
 
-namespace nb = nanobind;
+#include "bindings/row_arrays.hpp"
 
 namespace tilewise {
 namespace {
 
-using In = nb::ndarray<nb::ro, nb::device::cpu>;
-using Out = nb::ndarray<nb::device::cpu>;
-template <class A>
-using Maybe = std::optional<A>;
-
-// Everything was validated by spec.py; this guards memory where _core is called directly.
-[[noreturn]] void refuse(const char* name, const char* why) {
-  throw std::invalid_argument(std::string("softmax: ") + name + " " + why);
-}
-
-template <class A>
-int64_t dim(const A& x, size_t i) {
-  return static_cast<int64_t>(x.shape(i));
-}
-
 // A call as it is put together from arrays.
-class Call {
+class Call : public RowArrays {
  public:
   SoftmaxProblem problem;
 
   Call(const In& x, double scale, const Maybe<In>& where, const Maybe<In>& sink,
-       const Maybe<std::string>& storage) {
-    if (x.ndim() != 3) refuse("x", "must have 3 dimensions");
-    if (!storage) {
-      if (x.dtype() == nb::dtype<double>())
-        storage_ = computed_ = Storage::kFloat64;
-      else if (x.dtype() != nb::dtype<float>())
-        refuse("x", "must be float32 or float64 where no storage is given");
-    } else if (*storage == "bfloat16") {
-      storage_ = Storage::kBfloat16;
-    } else if (*storage == "float16") {
-      storage_ = Storage::kFloat16;
-    } else {
-      refuse("storage", "must be bfloat16 or float16");
-    }
+       const Maybe<std::string>& bits)
+      : RowArrays("softmax", x, bits) {
     if (!(scale > 0)) refuse("scale", "must be above 0");
-    problem.outer = dim(x, 0), problem.columns = dim(x, 1), problem.inner = dim(x, 2);
+    problem.outer = outer, problem.columns = columns, problem.inner = inner;
     problem.scale = scale;
     problem.x = entries(x, "x");
     if (where) {
@@ -60,55 +24,11 @@ class Call {
     problem.sink = numbers(sink, "sink");
   }
 
-  template <class A>
-  View3 entries(const A& x, const char* name) const {
-    View3 v = view(x, name);
-    if (bytes_of(storage_) == 2 ? x.dtype() == nb::dtype<uint16_t>() : is_computed(x))
-      v.storage = storage_;
-    else if (is_computed(x))
-      v.storage = computed_;
-    else
-      refuse(name, "has another dtype than the call");
-    return v;
-  }
-  template <class A>
-  View3 entries(const Maybe<A>& x, const char* name) const {
-    return x ? entries(*x, name) : View3{};
-  }
-  template <class A>
-  View3 numbers(const A& x, const char* name) const {
-    if (x.ndim() != 2 || dim(x, 0) != problem.outer || dim(x, 1) != problem.inner)
-      refuse(name, "has another shape than the rows");
-    if (!is_computed(x)) refuse(name, "has another dtype than the call");
-    View3 v{x.data(), x.stride(0), 0, x.stride(1)};
-    v.storage = computed_;
-    return v;
-  }
-  template <class A>
-  View3 numbers(const Maybe<A>& x, const char* name) const {
-    return x ? numbers(*x, name) : View3{};
-  }
-
   // Without the interpreter's lock.
   void run(void (*SoftmaxFunctions::*function)(const SoftmaxProblem&)) const {
-    const SoftmaxFunctions& functions = softmax_functions(computed_);
+    const SoftmaxFunctions& functions = softmax_functions(computed);
     nb::gil_scoped_release released;
     (functions.*function)(problem);
-  }
-
- private:
-  Storage storage_ = Storage::kFloat32, computed_ = Storage::kFloat32;
-
-  template <class A>
-  bool is_computed(const A& x) const {
-    return x.dtype() == (computed_ == Storage::kFloat64 ? nb::dtype<double>() : nb::dtype<float>());
-  }
-  template <class A>
-  View3 view(const A& x, const char* name) const {
-    if (x.ndim() != 3 || dim(x, 0) != problem.outer || dim(x, 1) != problem.columns ||
-        dim(x, 2) != problem.inner)
-      refuse(name, "has another shape than x");
-    return {x.data(), x.stride(0), x.stride(1), x.stride(2)};
   }
 };
 

@@ -23,7 +23,7 @@ struct Polynomials<float> {
       12582912.f;  // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   static constexpr float kCut = -125.f;
   static constexpr int kLogTerms = 4;
-  static constexpr float kTanhMax = 10.f;  // tanh(10) rounds to 1 in float
+  static constexpr float kTanhMax = 44.f;  // there tanh' is twice the smallest normal number
 };
 template <>
 struct Polynomials<double> {
@@ -39,7 +39,7 @@ struct Polynomials<double> {
   static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double kCut = -1021.;
   static constexpr int kLogTerms = 10;
-  static constexpr double kTanhMax = 20.;
+  static constexpr double kTanhMax = 354.5;
 };
 
 template <class T, int K>
@@ -92,20 +92,43 @@ TW_INLINE Vec<T> log(Vec<T> x) {
   return fma(n, splat<T>(kHi), f - (h - lo));
 }
 
-// tanh(x) = E / (E + 2), E = 2^n f q(f) + (2^n - 1) = expm1(2 |x|): relative accuracy at 0 without
-// a branch. At most 4 ulp.
+// E = 2^n f q(f) + (2^n - 1) = expm1(2 |x|), of |x| up to kTanhMax.
 template <class T>
-TW_INLINE Vec<T> tanh(Vec<T> x) {
+TW_INLINE Vec<T> expm1_of_twice(Vec<T> x) {
   using P = Polynomials<T>;
   using I = IVec<T>;
-  Vec<T> a = abs(x);
-  Vec<T> y = -max(set1(-P::kTanhMax), -a) * splat<T>(2 * kLog2e);
+  Vec<T> y = -max(set1(-P::kTanhMax), -abs(x)) * splat<T>(2 * kLog2e);
   Vec<T> t = y + set1(P::kRound), n = t - set1(P::kRound), f = y - n;
   Vec<T> scale = (Vec<T>)((I)splat<T>(1) + ((I)t << Types<T>::kMantissa));
-  Vec<T> e = fma(scale, horner<T>(P::kExpm1, f) * f, scale - splat<T>(1));
-  Vec<T> r = e / (e + splat<T>(2));
-  I sign = (I)splat<T>(-0.0);
-  return (Vec<T>)(((I)r & ~sign) | ((I)x & sign));
+  return fma(scale, horner<T>(P::kExpm1, f) * f, scale - splat<T>(1));
+}
+
+template <class T>
+TW_INLINE Vec<T> with_sign_of(Vec<T> magnitude, Vec<T> x) {
+  using I = IVec<T>;
+  const I sign = (I)splat<T>(-0.0);
+  return (Vec<T>)(((I)magnitude & ~sign) | ((I)x & sign));
+}
+
+// tanh(x) = E / (E + 2): relative accuracy at 0 without a branch. At most 4 ulp.
+template <class T>
+TW_INLINE Vec<T> tanh(Vec<T> x) {
+  const Vec<T> e = expm1_of_twice<T>(x);
+  return with_sign_of<T>(e / (e + splat<T>(2)), x);
+}
+
+// tanh and its derivative 1 - tanh^2 = 4 (E + 1) / (E + 2)^2, which keeps its digits where tanh is
+// all but 1, and is 0 where it would not be a normal number.
+template <class T>
+struct TanhAndSlope {
+  Vec<T> value, slope;
+};
+template <class T>
+TW_INLINE TanhAndSlope<T> tanh_and_slope(Vec<T> x) {
+  const Vec<T> most = set1(Polynomials<T>::kTanhMax), half = splat<T>(0.5);
+  const Vec<T> e = expm1_of_twice<T>(x), below = e + splat<T>(2), t = e / below;
+  const Vec<T> slope = splat<T>(4) / below * fma(half, t, half);
+  return {with_sign_of<T>(t, x), select(equal(max(abs(x), most), most), slope, splat<T>(0))};
 }
 
 #include "simd/end.hpp"

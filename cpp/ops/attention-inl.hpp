@@ -7,7 +7,7 @@
 
 #include "ops/attention_decode-inl.hpp"
 #include "ops/attention_jvp-inl.hpp"
-#include "ops/attention_vjp-inl.hpp"
+#include "ops/attention_vjp_elements-inl.hpp"
 #include "runtime/thread_pool.hpp"
 
 #include "simd/begin.hpp"

@@ -13,7 +13,7 @@ const AttentionFunctions* attention_tiles_emulated();
 
 const AttentionKernels& attention_kernels() {
   switch (active_target()) {
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
     case Target::kAmx:
     case Target::kAmxEmulated:
     case Target::kAvx512Bf16:
@@ -30,7 +30,7 @@ const AttentionKernels& attention_kernels() {
 AttentionFunctions attention_functions(const AttentionInputs& in) {
   const AttentionKernels& kernels = attention_kernels();
   AttentionFunctions functions = in.q.storage == Storage::kFloat64 ? kernels.f64 : kernels.f32;
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
   auto rows_of = [&](int64_t n) {
     return in.q.storage == Storage::kBfloat16 && in.D % n == 0 && in.Dv % n == 0;
   };

@@ -3,6 +3,7 @@
 // query rows of a KV head share the reads of its keys and values.
 #pragma once
 #include "ops/attention_forward-inl.hpp"
+#include "simd/transpose-inl.hpp"
 
 #include "simd/begin.hpp"
 

@@ -236,8 +236,8 @@ class ForwardBody {
           const int64_t at = int64_t{j} * kPanel + n * kWidth<T>;
           Vec<T> ts = zero<T>();
           if (moved && logits_->softcap) {
-            const Vec<T> t = tanh<T>(load(s_ + at));
-            ts = load(ts_ + at) * set1(logits_->natural_cap) * fma(-t, t, splat<T>(1));
+            const Vec<T> slope = tanh_and_slope<T>(load(s_ + at)).slope;
+            ts = load(ts_ + at) * set1(logits_->natural_cap) * slope;
           } else if (moved) {
             ts = load(ts_ + at) * splat<T>(kLn2);
           }

@@ -120,17 +120,17 @@ struct LackInPairs {
       error = load(t.error + at), lost = load(t.lost + at);
     }
   }
-  TW_MEMBER void add(Lanes<T> in, Vec<T> kept, Vec<T> times, Vec<T> tanh) {
+  TW_MEMBER void add(Lanes<T> in, Vec<T> kept, Vec<T> times, Vec<T> slope) {
     if constexpr (kPairs<E>) {
       const Vec<T> e = times * lack<T>(kept, l, inverse_l);
       error = select(in, error + e, error);
-      if (capped) lost = select(in, fma(e, fma(-tanh, tanh, splat<T>(1)), lost), lost);
+      if (capped) lost = select(in, fma(e, slope, lost), lost);
     }
   }
   TW_MEMBER void store_to(QueryTile<E>* t, int at) const {
     if constexpr (kPairs<E>) store(t->error + at, error), store(t->lost + at, lost);
   }
-  bool capped;  // ds is multiplied by 1 - tanh^2 later
+  bool capped;  // ds is multiplied by the slope of the soft cap later
   Vec<T> l, inverse_l, error, lost;
 };
 

@@ -200,12 +200,13 @@ class JvpBody {
     // Stores p of key j, which it returns, and the tangent of the logit, both 0 where masked.
     TW_MEMBER Vec<T> prepare(int j, bool edge) const {
       const int64_t from = int64_t{j} * kPanel;
-      Vec<T> x = load(s + from), moved = zero<T>(), t = zero<T>();
+      Vec<T> x = load(s + from), moved = zero<T>();
+      TanhAndSlope<T> cap{};
       if (moves != 0) moved = load(ts + from);
       if constexpr (!PLAIN)
-        x = logits(x, abs(position - splat<T>(j)), bias ? load(bias + from) : zero<T>(), &t);
+        x = logits(x, abs(position - splat<T>(j)), bias ? load(bias + from) : zero<T>(), &cap);
       if (!PLAIN && logits.softcap)
-        moved = moved * set1(logits.natural_cap) * fma(-t, t, splat<T>(1));
+        moved = moved * set1(logits.natural_cap) * cap.slope;
       else
         moved = moved * set1(moves);
       if (!PLAIN && tbias) moved += load(tbias + from);

@@ -72,13 +72,13 @@ struct Logits {
   }
 
   // The logits of `raw` scaled products; `distance` is |position - key|, `added` the bias,
-  // `tanh_out` for the derivative.
-  TW_MEMBER Vec<T> operator()(Vec<T> raw, Vec<T> distance, Vec<T> added, Vec<T>* tanh_out) const {
+  // `tanh_out` for the derivatives.
+  TW_MEMBER Vec<T> operator()(Vec<T> raw, Vec<T> distance, Vec<T> added,
+                              TanhAndSlope<T>* tanh_out) const {
     Vec<T> s = raw;
     if (softcap) {
-      const Vec<T> t = tanh<T>(s);
-      if (tanh_out) *tanh_out = t;
-      s = t * set1(cap);
+      if (tanh_out) *tanh_out = tanh_and_slope<T>(s);
+      s = (tanh_out ? tanh_out->value : tanh<T>(s)) * set1(cap);
     }
     if (alibi) s = fma(set1(slope), distance, s);
     if (bias) {

@@ -72,8 +72,8 @@ class VjpBody {
       *x = arena.take<E>(kPairs<E> ? kPairsOfTiles / kP : 0);
     for (E** x : {&tp_queries_, &tds_queries_, &tds_keys_})
       *x = arena.take<E>(kPairs<E> && second_ ? kPairsOfTiles / kP : 0);
-    tanh_ = arena.take<T>(in_.softcap > 0 ? kPairsOfTiles : 0);
-    ttanh_ = arena.take<T>(in_.softcap > 0 && second_ ? kPairsOfTiles : 0);
+    slope_ = arena.take<T>(in_.softcap > 0 ? kPairsOfTiles : 0);
+    tslope_ = arena.take<T>(in_.softcap > 0 && second_ ? kPairsOfTiles : 0);
     bias_ = arena.take<T>(in_.bias ? kGradKeys * kPanel : 0);
     tbias_ = arena.take<T>(t_.tbias ? kGradKeys * kPanel : 0);
     factors_ = arena.take<T>(in_.dropout.on ? kGradKeys * kPanel : 0);
@@ -530,7 +530,8 @@ class VjpBody {
       position = load(x);
     }
   };
-  TW_MEMBER Vec<T> weight(const Lane& lane, int j, int n, Vec<T> raw, Vec<T>* tanh_out) const {
+  TW_MEMBER Vec<T> weight(const Lane& lane, int j, int n, Vec<T> raw,
+                          TanhAndSlope<T>* tanh_out) const {
     const Vec<T> added =
         logits_->bias ? load(bias_ + int64_t{j} * kPanel + n * kWidth<T>) : zero<T>();
     return probability<T>((*logits_)(raw, abs(lane.position - splat<T>(j)), added, tanh_out),
@@ -538,108 +539,11 @@ class VjpBody {
   }
 
   __attribute__((noinline)) void elements(QueryTile<E>& t, int p, int64_t k0, const Segment& s,
-                                          int n) {
-    const Lane lane(*this, t, p, k0, n);
-    const uint16_t* words = mask_.words(p);
-    LackInPairs<E> errors(t, lane.at, logits_->softcap);
-    for (int j = s.ja; j < s.jb; j++) {
-      const int64_t at = int64_t{j} * kGradQueries + lane.at;
-      const Vec<T> dp = load(ds_ + at);
-      Vec<T> slope = zero<T>(), factor = splat<T>(1);
-      const Vec<T> w = weight(lane, j, n, load(p_ + at), &slope);
-      if (dropout_->on) factor = load(factors_ + int64_t{j} * kPanel + n * kWidth<T>);
-      Vec<T> kept = w * factor, d = (dp * factor - lane.delta) * w;
-      const Lanes<T> in = s.edge ? edge_lanes<T>(words, j, n) : lanes<T>(0xffff);
-      errors.add(in, kept, dropout_->on ? dp : dp - lane.delta, slope);
-      if (s.edge)
-        for (Vec<T>* x : {&kept, &d, &slope}) *x = select(in, *x, zero<T>());
-      store(p_ + at, kept);
-      store(ds_ + at, d);
-      if (logits_->softcap) store(tanh_ + at, slope);
-    }
-    errors.store_to(&t, lane.at);
-  }
-
-  // In: raw products s, dp, their tangents in tds and tp. Out: p and tp with dropout, ds, tds.
+                                          int n);
   __attribute__((noinline)) void second_elements(QueryTile<E>& t, int p, int64_t k0,
-                                                 const Segment& s, int n) {
-    const Lane lane(*this, t, p, k0, n);
-    const Vec<T> mu = load(t.mu + lane.at), tdelta = load(t.tdelta + lane.at);
-    const uint16_t* words = mask_.words(p);
-    const bool values_move = logits_wanted_ && (second_->tdo || t_.tv);
-    for (int j = s.ja; j < s.jb; j++) {
-      const int64_t at = int64_t{j} * kGradQueries + lane.at;
-      const int64_t in_panel = int64_t{j} * kPanel + n * kWidth<T>;
-      Vec<T> slope = zero<T>(), tslope = zero<T>(), dp = load(ds_ + at),
-             tdp = values_move ? load(tp_ + at) : zero<T>();
-      const Vec<T> w = weight(lane, j, n, load(p_ + at), &slope);
-      Vec<T> ts = products_move_ ? load(tds_ + at) : zero<T>();
-      if (logits_->softcap) {
-        tslope = ts * fma(-slope, slope, splat<T>(1));
-        ts = tslope * set1(logits_->natural_cap);
-      } else {
-        ts = ts * splat<T>(kLn2);
-      }
-      if (t_.tbias) ts += load(tbias_ + in_panel);
-      Vec<T> tp = w * (ts - mu), kept = w, tkept = tp;
-      if (dropout_->on) {
-        const Vec<T> f = load(factors_ + in_panel);
-        kept = w * f, tkept = tp * f, dp = dp * f, tdp = tdp * f;
-      }
-      const Vec<T> e = dp - lane.delta;
-      Vec<T> d = e * w, td = fma(tp, e, w * (tdp - tdelta));
-      if (s.edge) {
-        const Lanes<T> in = edge_lanes<T>(words, j, n);
-        for (Vec<T>* x : {&kept, &tkept, &d, &td, &slope, &tslope}) *x = select(in, *x, zero<T>());
-      }
-      store(p_ + at, kept);
-      store(tp_ + at, tkept);
-      store(ds_ + at, d);
-      store(tds_ + at, td);
-      if (logits_->softcap) {
-        store(tanh_ + at, slope);
-        store(ttanh_ + at, tslope);
-      }
-    }
-  }
-
-  // ds is the gradient by the capped logit; by the product it is ds (1 - tanh^2)
-  void through_softcap() {
-    for (int j = 0; j < mask_.keys(); j++)
-      for (int g = 0; g < mask_.groups(); g++) {
-        if (mask_.none(j, g)) continue;
-        for (int i = g * kGroup; i < (g + 1) * kGroup; i += kWidth<T>) {
-          const int64_t at = j * kGradQueries + i;
-          const Vec<T> x = load(tanh_ + at), d = load(ds_ + at), slope = fma(-x, x, splat<T>(1));
-          store(ds_ + at, d * slope);
-          if (second_)
-            store(tds_ + at, fma(load(tds_ + at), slope, splat<T>(-2) * x * load(ttanh_ + at) * d));
-        }
-      }
-  }
-
-  void add_bias(QueryTile<E>& t, int64_t k0, int keys, int64_t row) {
-    const View4& to = grads_.dbias;
-    const T* ds = second_ ? tds_ : ds_;
-    if (schedule_.bias == BiasGradient::kFull) {
-      for (int r = 0; r < t.rows; r++) {
-        T* out = to.at_mut<T>(b_, h_, t.q0 + r) + k0 * to.column;
-        for (int j = 0; j < keys; j++) out[j * to.column] += ds[j * kGradQueries + r];
-      }
-    } else if (schedule_.bias == BiasGradient::kOverKeys) {
-      for (int r = 0; r < t.rows; r += kWidth<T>) {
-        Vec<T> s = zero<T>();
-        for (int j = 0; j < keys; j++) s += load(ds + j * kGradQueries + r);
-        store(t.dbias + r, load(t.dbias + r) + s);
-      }
-    } else {
-      for (int j = 0; j < keys; j++) {
-        T s = 0;
-        for (int r = 0; r < t.rows; r++) s += ds[j * kGradQueries + r];
-        dbias_keys_[row + j] += s;
-      }
-    }
-  }
+                                                 const Segment& s, int n);
+  void through_softcap();
+  void add_bias(QueryTile<E>& t, int64_t k0, int keys, int64_t row);
 
   const AttentionInputs& in_;
   const AttentionSaved& saved_;
@@ -662,7 +566,7 @@ class VjpBody {
     *tk_pairs_ = nullptr, *p_queries_ = nullptr, *ds_queries_ = nullptr, *ds_keys_ = nullptr,
     *tp_queries_ = nullptr, *tds_queries_ = nullptr, *tds_keys_ = nullptr, *halves_ = nullptr;
   T *dk_ = nullptr, *dv_ = nullptr, *dbias_keys_ = nullptr, *p_ = nullptr, *ds_ = nullptr,
-    *tp_ = nullptr, *tds_ = nullptr, *tanh_ = nullptr, *ttanh_ = nullptr, *bias_ = nullptr,
+    *tp_ = nullptr, *tds_ = nullptr, *slope_ = nullptr, *tslope_ = nullptr, *bias_ = nullptr,
     *tbias_ = nullptr, *factors_ = nullptr, *columns_ = nullptr, *more_columns_ = nullptr,
     *rows_ = nullptr;
   PairMask mask_;

@@ -11,7 +11,7 @@ const CrossEntropyKernels* cross_entropy_kernels_portable();
 namespace {
 
 const CrossEntropyKernels* kernels() {
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
   const Target target = active_target();
   if (target == Target::kAvx2) return cross_entropy_kernels_avx2();
   if (target != Target::kPortable) return cross_entropy_kernels_avx512();

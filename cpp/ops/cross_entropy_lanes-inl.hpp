@@ -1,8 +1,9 @@
-// Cross-entropy of tokens in lanes: what a tile of logits s[class][kPanel] adds to the statistics
+// Cross-entropy of tokens in lanes: what a tile of logits z[class][kPanel] adds to the statistics
 // of its tokens, and what it becomes: gradients, or their tangents. A lane never meets another, so
 // a token's bits depend on its own logits alone.
 #pragma once
 #include "ops/linear_cross_entropy.hpp"
+#include "ops/softcap-inl.hpp"
 #include "ops/softmax_row-inl.hpp"
 #include "tile/pack-inl.hpp"
 
@@ -22,7 +23,8 @@ struct TokenLanes {
   // derivatives: ds = e^(s - m) (alpha - ge (s - m + h)) - go [target] - gs w, 0 where not `live`
   T *live, *alpha, *ge, *h, *go, *gs;
   T *least, *large;  // entries below one are left out, above the other never rounded
-  // tangents: sums of p ts, t ts, p log p ts; and what ds has, of its tangent
+  // tangents: means of ts and sums of t ts; of w = e^(s - m), sums of w ts (s - m); and what ds
+  // has, of its tangent
   T *inverse, *mu, *tau, *nu, *talpha, *tge, *moved_h, *tgo, *tgs;
 
   void place(Arena& arena, int64_t n) {
@@ -35,11 +37,11 @@ struct TokenLanes {
   }
 };
 
-// A tile: classes [first, first + classes) of a panel whose first token is `token`. `weights` are
-// those of the tile's classes, or null.
+// A tile: classes [first, first + classes) of a panel whose first token is `token`, at most
+// kFoldClasses for statistics. `weights` are those of the tile's classes, or null.
 template <class T>
 struct LogitTile {
-  T* s;
+  T* s;  // z before the soft cap, where there is one
   int classes;
   int64_t first, token;
   const T* weights;
@@ -54,39 +56,29 @@ TW_INLINE void targets_of(const LogitTile<T>& tile, const int64_t* target, T* ou
   }
 }
 
-// s = z + bias, or cap tanh of it, in place.
+// Adds a number of each class, in place.
 template <class T>
-TW_NOINLINE void finish_logits(T* z, int classes, const T* bias, T cap) {
-  const Vec<T> c = set1(cap), inverse = set1(cap != 0 ? T{1} / cap : T{0});
+TW_NOINLINE void add_bias_of(T* z, int classes, const T* bias) {
   for (int j = 0; j < classes; j++, z += kPanel) {
-    const Vec<T> b = set1(bias ? bias[j] : T{0});
+    const Vec<T> b = set1(bias[j]);
     TW_UNROLL_LANES for (int n = 0; n < kPanelVecs<T>; n++) {
       T* to = z + n * kWidth<T>;
-      const Vec<T> x = load(to) + b;
-      store(to, cap != 0 ? c * tanh<T>(x * inverse) : x);
+      store(to, load(to) + b);
     }
   }
 }
 
-// The derivative of the softcap, from its result.
+// With a cap other than 0, s from z; and ts from tz, in place.
 template <class T>
-TW_INLINE Vec<T> slope(Vec<T> s, Vec<T> inverse_cap) {
-  const Vec<T> x = s * inverse_cap;
-  return fma(-x, x, splat<T>(1));
+TW_NOINLINE void cap_logits(const T* z, int classes, T cap, T* s) {
+  const Softcap<T, true> f(cap);
+  for (int64_t i = 0; i < int64_t{classes} * kPanel; i += kWidth<T>) store(s + i, f(load(z + i)));
 }
-
-// ts from tz, in place.
 template <class T>
-TW_NOINLINE void finish_tangents(T* tz, const T* s, int classes, const T* tbias, T cap) {
-  const Vec<T> inverse = set1(cap != 0 ? T{1} / cap : T{0});
-  for (int j = 0; j < classes; j++, tz += kPanel, s += kPanel) {
-    const Vec<T> b = set1(tbias ? tbias[j] : T{0});
-    TW_UNROLL_LANES for (int n = 0; n < kPanelVecs<T>; n++) {
-      T* to = tz + n * kWidth<T>;
-      const Vec<T> x = load(to) + b;
-      store(to, cap != 0 ? x * slope<T>(load(s + n * kWidth<T>), inverse) : x);
-    }
-  }
+TW_NOINLINE void cap_tangents(const T* z, int classes, T cap, T* tz) {
+  const Softcap<T, true> f(cap);
+  for (int64_t i = 0; i < int64_t{classes} * kPanel; i += kWidth<T>)
+    store(tz + i, f.with_slope(load(z + i)).slope * load(tz + i));
 }
 
 // What is left of a sum of w (s - m) when the maximum moved and the weights, which sum to `total`,
@@ -138,9 +130,13 @@ TW_INLINE void add_fold(const LogitTile<T>& tile, const T* targets, T before, in
 }
 
 template <class T>
-TW_NOINLINE void add_statistics(const LogitTile<T>& tile, T before, bool extra,
+TW_NOINLINE void add_statistics(LogitTile<T> tile, T before, bool extra, T cap,
                                 const TokenLanes<T>& of) {
-  alignas(64) T targets[kPanel];
+  alignas(64) T targets[kPanel], capped[kFoldClasses * kPanel];
+  if (cap != 0) {
+    cap_logits(tile.s, tile.classes, cap, capped);
+    tile.s = capped;
+  }
   targets_of(tile, of.target, targets);
   for (int n = 0; n < kPanelVecs<T>; n++) {
     if (extra)
@@ -169,10 +165,12 @@ TW_INLINE void put_gradient(const LogitTile<T>& tile, const T* targets, const Gr
                alpha = lane(of.alpha), ge = lane(of.ge), h = lane(of.h), go = lane(of.go),
                gs = lane(of.gs), least = lane(of.least);
   const auto dead = equal(lane(of.live), zero<T>());
-  const Vec<T> inverse_cap = set1(form.cap != 0 ? T{1} / form.cap : T{0});
+  const Softcap<T, true> f(form.cap != 0 ? form.cap : T{1});
   const Exp<T> exp(1);
   for (int j = 0; j < tile.classes; j++, s += kPanel) {
-    const Vec<T> x = load(s), d = x - m, w = exp(d);
+    Capped<T> x{load(s), splat<T>(1), zero<T>()};
+    if (!PLAIN && form.cap != 0) x = f.with_slope(x.s);
+    const Vec<T> d = x.s - m, w = exp(d);
     const auto here = equal(y, splat<T>(j));
     Vec<T> c = alpha, out;
     if constexpr (PLAIN) {
@@ -181,7 +179,7 @@ TW_INLINE void put_gradient(const LogitTile<T>& tile, const T* targets, const Gr
       if (form.entropy) c = alpha - ge * select(equal(w, zero<T>()), zero<T>(), d + h);
       out = fma(w, c, -(gs * set1(tile.weights ? tile.weights[j] : T{1})));
       out -= select(here, go, zero<T>());
-      if (form.cap != 0) out *= slope<T>(x, inverse_cap);
+      if (form.cap != 0) out *= x.slope;
       if (form.filter) {
         const Vec<T> left = select(equal(max(abs(out), least), least), zero<T>(), out);
         out = select(here, out, left);
@@ -222,28 +220,36 @@ TW_NOINLINE uint32_t filled_classes(const T* dz, int classes, int step) {
   return filled;
 }
 
-// Adds to mu, tau and nu.
+// Adds what the tangents of results consist of: to l and entropy as statistics are, to mu, tau and
+// nu. The maximum is that of the forward pass, or one of logits that were rounded in another way.
 template <class T>
-TW_NOINLINE void add_tangent_sums(const LogitTile<T>& tile, const T* ts, const TokenLanes<T>& of) {
-  alignas(64) T targets[kPanel];
+TW_NOINLINE void add_tangent_sums(LogitTile<T> tile, const T* ts, T cap, const TokenLanes<T>& of) {
+  alignas(64) T targets[kPanel], capped[kFoldClasses * kPanel];
+  if (cap != 0) {
+    cap_logits(tile.s, tile.classes, cap, capped);
+    tile.s = capped;
+  }
   targets_of(tile, of.target, targets);
   const Exp<T> exp(1);
   for (int n = 0; n < kPanelVecs<T>; n++) {
     const int64_t at = tile.token + n * kWidth<T>;
     const Vec<T> y = load(targets + n * kWidth<T>), m = finite_max<T>(load(of.m + at)),
-                 inverse = load(of.inverse + at), onehot = load(of.onehot + at),
-                 log_p = load(of.l + at), sp = load(of.spread + at);
-    Vec<T> mu = zero<T>(), tau = zero<T>(), nu = zero<T>();
+                 onehot = load(of.onehot + at), sp = load(of.spread + at);
+    Vec<T> l = zero<T>(), e = zero<T>(), mu = zero<T>(), tau = zero<T>(), nu = zero<T>();
     for (int j = 0; j < tile.classes; j++) {
       const int64_t i = int64_t{j} * kPanel + n * kWidth<T>;
       const Vec<T> d = load(tile.s + i) - m, t = load(ts + i), w = exp(d);
-      const Vec<T> p = w * inverse * t;
+      const Vec<T> wd = select(equal(w, zero<T>()), zero<T>(), w * d);
       const Vec<T> share = fma(sp, set1(tile.weights ? tile.weights[j] : T{1}),
                                select(equal(y, splat<T>(j)), onehot, zero<T>()));
-      mu += p;
+      l += w;
+      e += wd;
+      mu = fma(w, t, mu);
       tau = fma(share, t, tau);
-      nu += select(equal(w, zero<T>()), zero<T>(), p * (d - log_p));
+      nu = fma(wd, t, nu);
     }
+    store(of.l + at, load(of.l + at) + l);
+    store(of.entropy + at, load(of.entropy + at) + e);
     store(of.mu + at, load(of.mu + at) + mu);
     store(of.tau + at, load(of.tau + at) + tau);
     store(of.nu + at, load(of.nu + at) + nu);
@@ -257,7 +263,7 @@ TW_NOINLINE void put_gradient_tangents(const LogitTile<T>& tile, T* ts, T cap,
   alignas(64) T targets[kPanel];
   targets_of(tile, of.target, targets);
   const Exp<T> exp(1);
-  const Vec<T> inverse_cap = set1(cap != 0 ? T{1} / cap : T{0});
+  const Softcap<T, true> f(cap != 0 ? cap : T{1});
   for (int n = 0; n < kPanelVecs<T>; n++) {
     const int64_t at = tile.token + n * kWidth<T>;
     auto lane = [&](const T* x) __attribute__((always_inline)) { return load(x + at); };
@@ -267,7 +273,9 @@ TW_NOINLINE void put_gradient_tangents(const LogitTile<T>& tile, T* ts, T cap,
     const auto dead = equal(lane(of.live), zero<T>());
     for (int j = 0; j < tile.classes; j++) {
       const int64_t i = int64_t{j} * kPanel + n * kWidth<T>;
-      const Vec<T> x = load(tile.s + i), t = load(ts + i), d = x - m, w = exp(d);
+      Capped<T> x{load(tile.s + i), splat<T>(1), zero<T>()};
+      if (cap != 0) x = f.with_slope(x.s);
+      const Vec<T> t = load(ts + i), d = x.s - m, w = exp(d);
       const Vec<T> log_p = select(equal(w, zero<T>()), zero<T>(), d + h), moved = t - mu;
       const Vec<T> c = alpha - ge * log_p, tc = talpha - tge * log_p - ge * (moved + moved_h);
       const auto here = equal(y, splat<T>(j));
@@ -276,9 +284,9 @@ TW_NOINLINE void put_gradient_tangents(const LogitTile<T>& tile, T* ts, T cap,
       Vec<T> tds = fma(w, fma(moved, c, tc), -(lane(of.tgs) * share)) -
                    select(here, lane(of.tgo), zero<T>());
       if (cap != 0) {
-        const Vec<T> f = slope<T>(x, inverse_cap);
-        tds = fma(tds, f, ds * splat<T>(-2) * x * inverse_cap * inverse_cap * t);
-        ds *= f;
+        // ts has the slope already, and the bend of z is that of s times the slope
+        tds = fma(tds, x.slope, ds * (splat<T>(-2) * x.s * f.inverse * f.inverse) * t);
+        ds *= x.slope;
       }
       store(tile.s + i, select(dead, zero<T>(), ds));
       store(ts + i, select(dead, zero<T>(), tds));

@@ -3,6 +3,7 @@
 // order, so how a row is cut does not reach the bits. The formulas are those of
 // docs/ops/cross_entropy.md: logits z, s = cap tanh(z / cap) or z, weights t of the targets.
 #pragma once
+#include "ops/softcap-inl.hpp"
 #include "ops/softmax_row-inl.hpp"
 
 #include "simd/begin.hpp"
@@ -41,24 +42,6 @@ struct TargetRow {
     if (probabilities) t = fma(set1(probabilities[j]), set1(keep), set1(t))[0];
     if (weights) t *= weights[j];
     return j == index ? t + onehot : t;
-  }
-};
-
-// s with its first and second derivative; cap is not read where CAPPED is false.
-template <class T, bool CAPPED>
-struct Softcap {
-  Vec<T> cap, inverse;
-  explicit Softcap(T c) : cap(set1(c)), inverse(set1(CAPPED ? T{1} / c : T{0})) {}
-  TW_MEMBER Vec<T> operator()(Vec<T> z) const {
-    if constexpr (CAPPED) return cap * tanh<T>(z * inverse);
-    return z;
-  }
-  TW_MEMBER Vec<T> slope(Vec<T> s) const {
-    const Vec<T> u = s * inverse, one = splat<T>(1);
-    return CAPPED ? (one - u) * (one + u) : one;
-  }
-  TW_MEMBER Vec<T> bend(Vec<T> s) const {
-    return CAPPED ? splat<T>(-2) * (s * inverse) * inverse * slope(s) : zero<T>();
   }
 };
 
@@ -262,8 +245,9 @@ TW_NOINLINE void write_row_gradient(const T* z, int n, const RowState<T>& row,
   const Softcap<T, CAPPED> f(cap);
   const Vec<T> m = set1(row.m), factor = set1(c.alpha * row.inverse), g = set1(-c.g);
   auto gradient = [&](Vec<T> logit, Vec<T> t) __attribute__((always_inline)) {
-    const Vec<T> s = f(logit), ds = fma(g, t, exp(s - m) * factor);
-    if constexpr (CAPPED) return ds * f.slope(s);
+    const Capped<T> x = f.with_slope(logit);
+    const Vec<T> ds = fma(g, t, exp(x.s - m) * factor);
+    if constexpr (CAPPED) return ds * x.slope;
     return ds;
   };
   const bool here = target.holds_index(n);
@@ -341,19 +325,20 @@ TW_NOINLINE TangentSums<T> tangent_sums_of_chunk(const T* z, const T* tz, const 
   const bool columns = target.columns();
   Lanes64<T> mu, picked, total, gap;
   each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
-    const Vec<T> s = f(load_some(z + j, left, kNone)), ts = f.slope(s) * load_maybe(tz, j, left);
-    mu.of[u] += exp(s - m) * inverse * ts;
+    const Capped<T> x = f.with_slope(load_some(z + j, left, kNone));
+    const Vec<T> ts = x.slope * load_maybe(tz, j, left);
+    mu.of[u] += exp(x.s - m) * inverse * ts;
     if (columns) picked.of[u] += target.load_weights(j, left) * ts;
     if (tq) {
       const Vec<T> tt = target.load_keep(j, left) * load_some(tq + j, left, T{0});
       total.of[u] += tt;
-      gap.of[u] += tt * gap_to_lse(row, s);
+      gap.of[u] += tt * gap_to_lse(row, x.s);
     }
   });
   TangentSums<T> sums{mu.total(), picked.total(), total.total(), gap.total()};
   if (tz && target.holds_index(n)) {
-    const Vec<T> s = f(set1(z[target.index]));
-    sums.picked += target.onehot * (f.slope(s) * set1(tz[target.index]))[0];
+    const Vec<T> slope = f.with_slope(set1(z[target.index])).slope;
+    sums.picked += target.onehot * (slope * set1(tz[target.index]))[0];
   }
   return sums;
 }
@@ -422,11 +407,11 @@ TW_NOINLINE void write_moved_gradient(const T* z, const T* tz, const T* tq, int 
     Vec<T> d, td;
   };
   auto both = [&](Vec<T> logit, Vec<T> move, Vec<T> t, Vec<T> tt) __attribute__((always_inline)) {
-    const Vec<T> s = f(logit), p = exp(s - m) * inverse, slope = f.slope(s);
-    const Vec<T> ds = fma(g, t, alpha * p);
-    const Vec<T> all = fma(alpha, slope * move - mu, talpha);
+    const Capped<T> x = f.with_slope(logit);
+    const Vec<T> p = exp(x.s - m) * inverse, ds = fma(g, t, alpha * p);
+    const Vec<T> all = fma(alpha, x.slope * move - mu, talpha);
     const Vec<T> tds = fma(g, tt, fma(tg, t, p * all));
-    if constexpr (CAPPED) return Both{ds * slope, fma(tds, slope, ds * (f.bend(s) * move))};
+    if constexpr (CAPPED) return Both{ds * x.slope, fma(tds, x.slope, ds * (x.bend * move))};
     return Both{ds, tds};
   };
   auto tangent_of_weights = [&](int j, int left) __attribute__((always_inline)) {
@@ -477,9 +462,10 @@ TW_NOINLINE void write_moved_probability_gradient(const T* z, const T* tz, int n
   const Softcap<T, CAPPED> f(cap);
   const Vec<T> absent = set1(-std::numeric_limits<T>::infinity());
   each_column<T>(n, [&](int j, int left) __attribute__((always_inline)) {
-    const Vec<T> s = f(load_some(z + j, left, T{0})), ts = f.slope(s) * load_maybe(tz, j, left);
-    const Vec<T> moved = fma(set1(c.moved.g), gap_to_lse(row, s), set1(c.of.g) * (set1(c.mu) - ts));
-    const Vec<T> seen = select(equal(s, absent), zero<T>(), moved);
+    const Capped<T> x = f.with_slope(load_some(z + j, left, T{0}));
+    const Vec<T> gap = gap_to_lse(row, x.s), ts = x.slope * load_maybe(tz, j, left);
+    const Vec<T> moved = fma(set1(c.moved.g), gap, set1(c.of.g) * (set1(c.mu) - ts));
+    const Vec<T> seen = select(equal(x.s, absent), zero<T>(), moved);
     store_some(tdq + j, left, target.load_keep(j, left) * seen);
   });
 }

@@ -65,8 +65,10 @@ class LinearCrossEntropy {
     if (kind_ == CrossEntropyKind::kForward) {
       forward();
     } else {
-      numbers.take_saved();
-      if (moves()) tangent_pass();
+      if (moves())
+        tangent_pass();
+      else
+        numbers.take_saved();
       if (kind_ == CrossEntropyKind::kJvp) return numbers.write_tangents();
       numbers.take_cotangents(0, p_.T);
       if (second()) numbers.take_second();
@@ -120,6 +122,7 @@ class LinearCrossEntropy {
 
   // Sums over classes that the tangents of results consist of.
   void tangent_pass() {
+    phases_.tokens().take_maximum();
     each_tokens([&](const Tokens& tokens) {
       if (second())
         phases_.choose_panels(tokens, false);
@@ -132,6 +135,7 @@ class LinearCrossEntropy {
         phases_.tangent_sums(tokens, span);
       });
     });
+    phases_.tokens().finish_tangent_sums();
   }
 
   void gradient_pass() {

@@ -58,9 +58,10 @@ struct LinearCrossEntropyFunctions {
   // Writes what is wanted of `out`; with gradients wanted, those for cotangents rows.g of the loss.
   void (*forward)(const LinearCrossEntropyProblem&);
   void (*vjp)(const LinearCrossEntropyProblem&);  // reads rows, writes dhidden, dweight, dbias
-  // Reads rows.m, log_l and tangents, writes the tangents of loss, lse, z_loss, entropy to `out`.
+  // Reads rows.m and tangents, writes the tangents of loss, lse, z_loss, entropy to `out`.
   void (*jvp)(const LinearCrossEntropyProblem&);
-  void (*vjp_jvp)(const LinearCrossEntropyProblem&);  // the results are the gradients' tangents
+  // Reads rows without log_l and entropy; the results are the gradients' tangents.
+  void (*vjp_jvp)(const LinearCrossEntropyProblem&);
 };
 struct LinearCrossEntropyKernels {
   LinearCrossEntropyFunctions f32, f64;  // f32 also of 16 bits, widened

@@ -129,19 +129,18 @@ class LinearCrossEntropyPhases {
     });
   }
 
-  // s of the block.
+  // Logits of the block, before the soft cap.
   void logits(const Tokens& tokens, const Span<T>& span) {
     each_tile(span, [&](int slot, int first, int count) {
       const Rows<E> rows = weight_rows(p_.weight, span.first + first, count, scratch(slot));
       add_products(rows, hidden_, tokens, first, count, true, span.s);
-      const T* bias = p_.bias ? bias_ + span.first + first : nullptr;
-      const T cap = static_cast<T>(p_.options.softcap);
-      if (!bias && cap == 0) return;
-      each_panel(tokens, [&](int p) { finish_logits<T>(at(span.s, p, first), count, bias, cap); });
+      const T* bias = bias_ + span.first + first;
+      if (p_.bias)
+        each_panel(tokens, [&](int p) { add_bias_of<T>(at(span.s, p, first), count, bias); });
     });
   }
 
-  // ts of the block, from s.
+  // ts of the block.
   void tangent_logits(const Tokens& tokens, const Span<T>& span) {
     each_tile(span, [&](int slot, int first, int count) {
       const int64_t v = span.first + first;
@@ -151,13 +150,13 @@ class LinearCrossEntropyPhases {
       if (p_.tweight)
         add_products(weight_rows(p_.tweight, v, count, scratch(slot)), hidden_, tokens, first,
                      count, !p_.thidden, span.ts);
-      const T* tbias = p_.tbias ? tbias_ + v : nullptr;
-      const T cap = static_cast<T>(p_.options.softcap);
+      const T cap = tokens_.form().cap;
       each_panel(tokens, [&](int p) {
         T* ts = at(span.ts, p, first);
         if (!p_.thidden && !p_.tweight)
           std::memset(ts, 0, sizeof(T) * static_cast<size_t>(count * kPanel));
-        if (tbias || cap != 0) finish_tangents<T>(ts, at(span.s, p, first), count, tbias, cap);
+        if (p_.tbias) add_bias_of<T>(ts, count, tbias_ + v);
+        if (cap != 0) cap_tangents<T>(at(span.s, p, first), count, cap, ts);
       });
     });
   }
@@ -178,7 +177,7 @@ class LinearCrossEntropyPhases {
       for (int i = 0; i < span.count; i += kFoldClasses) {
         const int n = std::min(kFoldClasses, span.count - i), panel = static_cast<int>(p);
         add_tangent_sums<T>(tile(span.s, tokens, span, panel, i, n), at(span.ts, panel, i),
-                            tokens_.lanes());
+                            tokens_.form().cap, tokens_.lanes());
       }
     });
   }
@@ -362,7 +361,7 @@ class LinearCrossEntropyPhases {
   void put_tile(const Tokens& tokens, const Span<T>& span, int panel, int first, int count) {
     const LogitTile<T> here = tile(span.s, tokens, span, panel, first, count);
     if (second_)
-      put_gradient_tangents<T>(here, at(span.ts, panel, first), static_cast<T>(p_.options.softcap),
+      put_gradient_tangents<T>(here, at(span.ts, panel, first), tokens_.form().cap,
                                tokens_.lanes());
     else
       put_gradients<T>(here, tokens_.form(), tokens_.plain(), tokens_.lanes());
@@ -464,8 +463,7 @@ class LinearCrossEntropyPhases {
       each_panel(tokens, [&](int p) {
         if (p % groups != group) return;
         T* to = dhidden_ + (tokens.first + p * kPanel) * dhidden_ld() + block * kW;
-        const uint32_t filled =
-            filled_ ? filled_at(p, i)[0] | uint32_t{filled_at(p, i)[1]} << kTileBits : kAllFilled;
+        const uint32_t filled = filled_ ? *filled_at(p, i) : kAllFilled;
         for (int part = 0; part < std::max(1, parts_of(p_.dhidden)); part++) {
           const E* dz = kPairs<E> ? hidden_image_[part] + hidden_image_at(p, i)
                                   : reinterpret_cast<const E*>(at(term.s, p, i));

@@ -61,7 +61,7 @@ class TokenNumbers {
   void add_fold(const LogitTile<T>& tile) const {
     const T before = before_ && p_.class_weight ? before_[tile.first / kFoldClasses]
                                                 : static_cast<T>(tile.first);
-    add_statistics<T>(tile, before, extra_, of_);
+    add_statistics<T>(tile, before, extra_, form_.cap, of_);
   }
 
   // What statistics make of tokens [first, first + count).
@@ -99,12 +99,26 @@ class TokenNumbers {
 
   // What the caller has kept of them.
   void take_saved() const {
-    const Exp<T> exp(1);
     for (int64_t t = 0; t < p_.T; t++) {
       of_.m[t] = number(p_.rows.m, t);
       of_.l[t] = number(p_.rows.log_l, t);
-      of_.inverse[t] = exp(-of_.l[t]);
-      of_.mu[t] = of_.tau[t] = of_.nu[t] = 0;
+      of_.h[t] = number(p_.rows.entropy, t) - of_.l[t];
+    }
+  }
+  // Where there are tangents, only the maximum: all sums have to be of the same weights, and the
+  // others may be of products of pairs.
+  void take_maximum() const {
+    for (int64_t t = 0; t < p_.T; t++) of_.m[t] = number(p_.rows.m, t);
+  }
+
+  // What the sums of a tangent pass make of the statistics, mu and moved_h.
+  void finish_tangent_sums() const {
+    for (int64_t t = 0; t < p_.T; t++) {
+      const T l = of_.l[t], inverse = l == 0 ? T{0} : T{1} / l, gap = of_.entropy[t] * inverse;
+      of_.l[t] = l == 0 ? T{0} : l != l ? l : log<T>(set1(l))[0];
+      of_.h[t] = -gap;
+      of_.mu[t] *= inverse;
+      of_.moved_h[t] = gap * of_.mu[t] - of_.nu[t] * inverse;
     }
   }
 
@@ -123,7 +137,6 @@ class TokenNumbers {
       of_.inverse[t] = inverse;
       of_.alpha[t] = alpha * inverse;
       of_.ge[t] = ge * inverse;
-      of_.h[t] = number(p_.rows.entropy, t) - log_l;
       of_.go[t] = g * of_.onehot[t];
       of_.gs[t] = g * of_.spread[t];
       of_.least[t] = static_cast<T>(p_.options.gradient_filter) * magnitude(g);
@@ -143,7 +156,7 @@ class TokenNumbers {
       put(p_.out.loss, t, kept ? of_.mass[t] * mu - of_.tau[t] + squared : T{0});
       put(p_.out.lse, t, mu);
       put(p_.out.z_loss, t, squared);
-      put(p_.out.entropy, t, -(of_.nu[t] + number(p_.rows.entropy, t) * mu));
+      put(p_.out.entropy, t, of_.moved_h[t]);
     }
   }
 
@@ -160,7 +173,6 @@ class TokenNumbers {
       if (zeta2 != 0) talpha += (tg + tgz) * zeta2 * lse + (g + gz) * zeta2 * mu;
       of_.talpha[t] = talpha * inverse;
       of_.tge[t] = number(p_.rows.tg_entropy, t) * inverse;
-      of_.moved_h[t] = -(of_.nu[t] + number(p_.rows.entropy, t) * mu);
       of_.tgo[t] = tg * of_.onehot[t];
       of_.tgs[t] = tg * of_.spread[t];
     }

@@ -5,23 +5,25 @@
 #include <vector>
 
 #include "ops/softmax_forward-inl.hpp"
+#include "ops/softmax_strip-inl.hpp"
 #include "runtime/thread_pool.hpp"
 
 #include "simd/begin.hpp"
 
 constexpr int64_t kTaskColumns = 1 << 15;  // columns that are worth a task
 constexpr int64_t kKeptForward = 1 << 20;  // rows up to this length have their weights kept
+constexpr int kLeastBeside = 5;            // rows side by side: of fewer, too many lanes are empty
 constexpr int kBlocksOfThread = 8;
 constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on go past the caches
 
 enum class SoftmaxKind { kForward, kVjp, kJvp, kVjpJvp };
 
-// What chunks leave for their row.
-template <class T>
+// What chunks leave for their row; Row is SoftmaxRow, or SoftmaxStrip for rows side by side.
+template <class Row>
 struct RowParts {
-  std::vector<ChunkState<T>> states;
-  std::vector<typename SoftmaxRow<T>::Sums> sums;
-  std::vector<T> moved;
+  std::vector<typename Row::State> states;
+  std::vector<typename Row::Sums> sums;
+  std::vector<typename Row::Moved> moved;
 
   RowParts(SoftmaxKind kind, int64_t chunks) {
     const size_t n = static_cast<size_t>(chunks);
@@ -37,9 +39,8 @@ constexpr int phases_of(SoftmaxKind kind) {
   return kind == SoftmaxKind::kVjpJvp ? 2 : 1;
 }
 
-template <class T>
-void part_of_row(SoftmaxRow<T>& row, SoftmaxKind kind, int phase, int64_t chunk,
-                 RowParts<T>* parts) {
+template <class Row>
+void part_of_row(Row& row, SoftmaxKind kind, int phase, int64_t chunk, RowParts<Row>* parts) {
   const size_t c = static_cast<size_t>(chunk);
   if (kind == SoftmaxKind::kForward)
     parts->states[c] = row.state(chunk);
@@ -49,9 +50,8 @@ void part_of_row(SoftmaxRow<T>& row, SoftmaxKind kind, int phase, int64_t chunk,
     parts->moved[c] = row.moved_sum(chunk);
 }
 
-template <class T>
-void close_phase(SoftmaxRow<T>& row, SoftmaxKind kind, int phase, const RowParts<T>& parts,
-                 bool writes) {
+template <class Row>
+void close_phase(Row& row, SoftmaxKind kind, int phase, const RowParts<Row>& parts, bool writes) {
   if (kind == SoftmaxKind::kForward)
     row.finish(parts.states.data(), writes);
   else if (phase == 0)
@@ -60,8 +60,8 @@ void close_phase(SoftmaxRow<T>& row, SoftmaxKind kind, int phase, const RowParts
     row.finish_moved(parts.moved.data());
 }
 
-template <class T>
-void write_part(SoftmaxRow<T>& row, SoftmaxKind kind, int64_t chunk, const RowParts<T>& parts,
+template <class Row>
+void write_part(Row& row, SoftmaxKind kind, int64_t chunk, const RowParts<Row>& parts,
                 bool stream) {
   switch (kind) {
     case SoftmaxKind::kForward:
@@ -140,18 +140,18 @@ void forward_of_storage(const SoftmaxProblem& p, bool stream, int threads) {
   forward_in_rows<T, T>(p, stream, threads);
 }
 
-template <class T>
+template <class Row>
 void by_blocks_of_rows(const SoftmaxProblem& problem, SoftmaxKind kind, bool stream, int threads) {
-  const int64_t rows = problem.outer * problem.inner;
-  const int64_t block = rows_of_block(problem, threads);
+  const int64_t units = Row::units(problem),
+                block = std::max<int64_t>(1, rows_of_block(problem, threads) / Row::kRows);
   std::atomic<int64_t> next{0};
   run_parallel(threads, [&](int) {
-    SoftmaxRow<T> row(problem);
+    Row row(problem);
     place(row);
-    RowParts<T> parts(kind, row.chunks());
+    RowParts<Row> parts(kind, row.chunks());
     const FloatingPointMode mode;
-    for (int64_t r; (r = next.fetch_add(block)) < rows;) {
-      const int64_t end = std::min(rows, r + block);
+    for (int64_t r; (r = next.fetch_add(block)) < units;) {
+      const int64_t end = std::min(units, r + block);
       for (; r < end; r++) {
         begin_row(row, kind, r);
         for (int phase = 0; phase < phases_of(kind); phase++) {
@@ -166,15 +166,16 @@ void by_blocks_of_rows(const SoftmaxProblem& problem, SoftmaxKind kind, bool str
 }
 
 // Few long rows: the chunks of each are dealt to the threads.
-template <class T>
+template <class Row>
 void by_chunks(const SoftmaxProblem& problem, SoftmaxKind kind, bool stream, int threads) {
-  const int64_t rows = problem.outer * problem.inner, block = kTaskColumns / kChunk;
-  for (int64_t r = 0; r < rows; r++) {
-    RowParts<T> parts(kind, SoftmaxRow<T>(problem).chunks());
+  const int64_t units = Row::units(problem),
+                block = std::max<int64_t>(1, kTaskColumns / kChunk / Row::kRows);
+  for (int64_t r = 0; r < units; r++) {
+    RowParts<Row> parts(kind, Row(problem).chunks());
     for (int phase = 0; phase <= phases_of(kind); phase++) {
       std::atomic<int64_t> next{0};
       run_parallel(threads, [&](int slot) {
-        SoftmaxRow<T> row(problem);
+        Row row(problem);
         place(row);
         const FloatingPointMode mode;
         begin_row(row, kind, r);
@@ -194,19 +195,41 @@ void by_chunks(const SoftmaxProblem& problem, SoftmaxKind kind, bool stream, int
   }
 }
 
+// The same rows, with those inside that lie closer together.
+inline SoftmaxProblem with_near_rows_inside(SoftmaxProblem p) {
+  if (p.outer == 1 || (p.inner > 1 && std::abs(p.x.inner) <= std::abs(p.x.outer))) return p;
+  std::swap(p.outer, p.inner);
+  for (View3* v :
+       {&p.x,  &p.where, &p.sink, &p.y,   &p.log_y, &p.lse, &p.m,     &p.log_l, &p.gy, &p.gz, &p.gl,
+        &p.tx, &p.tsink, &p.tgy,  &p.tgz, &p.tgl,   &p.dx,  &p.dsink, &p.ty,    &p.tz, &p.tl})
+    std::swap(v->outer, v->inner);
+  return p;
+}
+inline bool side_by_side(const SoftmaxProblem& p) {
+  return p.inner >= kLeastBeside && std::abs(p.x.inner) < std::abs(p.x.column);
+}
+
 template <class T>
-void run_softmax(const SoftmaxProblem& problem, SoftmaxKind kind) {
+void run_softmax(const SoftmaxProblem& given, SoftmaxKind kind) {
+  const SoftmaxProblem turned = with_near_rows_inside(given);
+  const bool beside = side_by_side(turned);
+  const SoftmaxProblem& problem = beside ? turned : given;
   const int64_t rows = problem.outer * problem.inner, columns = problem.columns;
   if (rows == 0) return;
   const int64_t size = rows * columns;
   const bool stream = size * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   const int threads = static_cast<int>(std::clamp<int64_t>(size / kTaskColumns, 1, num_threads()));
-  if (rows < threads && columns > kKept)
-    by_chunks<T>(problem, kind, stream, threads);
+  using Strip = SoftmaxStrip<T>;
+  if (beside && Strip::units(problem) < threads && columns > kKept)
+    by_chunks<Strip>(problem, kind, stream, threads);
+  else if (beside)
+    by_blocks_of_rows<Strip>(problem, kind, stream, threads);
+  else if (rows < threads && columns > kKept)
+    by_chunks<SoftmaxRow<T>>(problem, kind, stream, threads);
   else if (kind == SoftmaxKind::kForward && in_rows(problem))
     forward_of_storage<T>(problem, stream, threads);
   else
-    by_blocks_of_rows<T>(problem, kind, stream, threads);
+    by_blocks_of_rows<SoftmaxRow<T>>(problem, kind, stream, threads);
 }
 
 template <class T, SoftmaxKind KIND>

@@ -11,7 +11,7 @@ const SoftmaxKernels* softmax_kernels_portable();
 namespace {
 
 const SoftmaxKernels* kernels() {
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
   const Target target = active_target();
   if (target == Target::kAvx2) return softmax_kernels_avx2();
   if (target != Target::kPortable) return softmax_kernels_avx512();

@@ -11,29 +11,6 @@ constexpr int kShortRow = 512;  // 16 rows up to this length are worked on toget
 // kYAgain takes the exponentials twice, for rows whose weights are too many to keep.
 enum class Result { kNone, kY, kYAgain, kLogY };
 
-// Register-wide stores past the caches, to addresses of which `ahead` says how many numbers are
-// before the next that is aligned.
-#if defined(TILEWISE_TARGET_AVX512) || defined(TILEWISE_TARGET_AVX2)
-constexpr bool kStreams = true;
-#else
-constexpr bool kStreams = false;
-#endif
-template <bool STREAM, class X, class T = Wide<X>>
-TW_INLINE void put(X* to, Vec<T> v) {
-#if defined(TILEWISE_TARGET_AVX512)
-  if constexpr (STREAM && sizeof(X) != 2)
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
-#elif defined(TILEWISE_TARGET_AVX2)
-  if constexpr (STREAM && sizeof(X) != 2)
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
-#endif
-  store_as(to, v);
-}
-template <class X>
-TW_INLINE int numbers_before_aligned(const X* to) {
-  return static_cast<int>(-reinterpret_cast<uintptr_t>(to) % kVectorBytes / sizeof(X));
-}
-
 constexpr uintptr_t kPage = 4096;
 
 // Columns by which stores past the caches have to lead loads. A load waits for any store before it
@@ -300,18 +277,25 @@ class SoftmaxForward {
   // Rows one after another as one run, which has a head and a tail once.
   void write_together(int64_t r, int count, const T* inverse) {
     const int n = static_cast<int>(n_), all = count * n;
-    for (int i = 0; i < count; i++) {
-      const Vec<T> last = set1(inverse[i]);
-      T* w = w_ + i * n;
-      int j = 0;
-      for (; j + kW <= n; j += kW) store(w + j, load(w + j) * last);
-      if (j < n) store_some(w + j, n - j, load_some(w + j, n - j, T{0}) * last);
-    }
     X* to = at(y_, r, 0);
+    int i = 0, end = n;  // a row, and where it ends
+    // of the numbers [j, stop) of a register, which may be those of several rows
+    auto factors = [&](int j, int stop) __attribute__((always_inline)) {
+      Vec<T> f = set1(inverse[i]);
+      for (; end < stop; end += n)
+        f = select(lanes<T>((1u << (end - j)) - 1), f, set1(inverse[++i]));
+      return f;
+    };
     int j = std::min(all, numbers_before_aligned(to));
-    if (j) store_some(to, j, load_some(w_, j, T{0}));
-    for (; j + kW <= all; j += kW) put<true>(to + j, load(w_ + j));
-    if (j < all) store_some(to + j, all - j, load_some(w_ + j, all - j, T{0}));
+    if (j) store_some(to, j, load_some(w_, j, T{0}) * factors(0, j));
+    while (j + kW <= all) {
+      const Vec<T> last = set1(inverse[i]);
+      for (; j + kW <= end; j += kW) put<true>(to + j, load(w_ + j) * last);
+      if (j + kW > all) break;
+      put<true>(to + j, load(w_ + j) * factors(j, j + kW));
+      j += kW;
+    }
+    if (j < all) store_some(to + j, all - j, load_some(w_ + j, all - j, T{0}) * factors(j, all));
   }
   template <bool STREAM>
   TW_MEMBER static void write(X* to, int n, const Back& written) {

@@ -55,6 +55,29 @@ TW_INLINE void store_some(X* p, int n, Vec<T> v) {
   std::memcpy(p, x, sizeof(X) * static_cast<size_t>(n));
 }
 
+// Register-wide stores, past the caches to addresses that are aligned.
+#if defined(TILEWISE_TARGET_AVX512) || defined(TILEWISE_TARGET_AVX2)
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
+template <bool STREAM, class X, class T = Wide<X>>
+TW_INLINE void put(X* to, Vec<T> v) {
+#if defined(TILEWISE_TARGET_AVX512)
+  if constexpr (STREAM && sizeof(X) != 2)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif defined(TILEWISE_TARGET_AVX2)
+  if constexpr (STREAM && sizeof(X) != 2)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#endif
+  store_as(to, v);
+}
+
+template <class X>
+TW_INLINE int numbers_before_aligned(const X* to) {
+  return static_cast<int>(-reinterpret_cast<uintptr_t>(to) % kVectorBytes / sizeof(X));
+}
+
 // f(index, register of the lanes, columns in it) for columns [from, n), `from` a multiple of 64.
 template <class T, class F>
 TW_INLINE void each_register(int from, int n, const F& f) {

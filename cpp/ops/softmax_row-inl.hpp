@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "ops/softmax.hpp"
-#include "ops/softmax_lanes-inl.hpp"
+#include "ops/softmax_terms-inl.hpp"
 #include "runtime/workspace.hpp"
 
 #include "simd/begin.hpp"
@@ -13,11 +13,19 @@
 template <class T>
 class SoftmaxRow {
  public:
+  static constexpr int kRows = 1;  // that are worked on at once
+  using State = ChunkState<T>;
+  struct Sums {
+    T c, mu;  // sum of p gy + gz, and of p tx
+  };
+  using Moved = T;
+
   explicit SoftmaxRow(const SoftmaxProblem& problem)
       : p_(problem),
         scale_(static_cast<T>(problem.scale)),
         exp_(problem.scale),
         exp1_(1),
+        sink_scale_{problem.scale},
         kept_(problem.columns <= kKept) {}
 
   void place(Arena& arena) {
@@ -28,6 +36,7 @@ class SoftmaxRow {
     out_ = arena.take<T>(kChunk);
   }
 
+  static int64_t units(const SoftmaxProblem& p) { return p.outer * p.inner; }
   // one, without columns, of an empty row
   int64_t chunks() const { return std::max<int64_t>(1, (p_.columns + kChunk - 1) / kChunk); }
 
@@ -58,52 +67,48 @@ class SoftmaxRow {
   // Merges the chunks' states and the sink; one of those who do writes the numbers of the row.
   void finish(const ChunkState<T>* states, bool writes) {
     T m = -std::numeric_limits<T>::infinity(), l = 0;
-    if (chunks() == 1)
+    if (chunks() == 1) {
       m = states[0].m, l = states[0].l;
-    else
-      for (int64_t c = 0; c < chunks(); c++) add_state(states[c], &m, &l);
+    } else {
+      Vec<T> all_m = set1(m), all_l = zero<T>();
+      for (int64_t c = 0; c < chunks(); c++)
+        add_state<T>(exp_, set1(states[c].m), set1(states[c].l), &all_m, &all_l);
+      m = all_m[0], l = all_l[0];
+    }
     if (p_.sink) {
       const T z = number(p_.sink);
       if (!(z == -std::numeric_limits<T>::infinity())) add_sink(z, &m, &l);
     }
-    m_ = m;
-    l_ = l;
-    if (p_.log_y || p_.lse || p_.log_l) log_l_ = l == 0 ? T{0} : l != l ? l : log<T>(set1(l))[0];
-    const T top = m_;
-    if (l != l) m_ = l;
+    m_ = l == l ? m : l;
+    const RowResults<T> found(set1(m), set1(l), set1(scale_), p_.log_y || p_.lse || p_.log_l);
+    inverse_ = found.inverse[0];
+    log_l_ = found.log_l[0];
     if (!writes) return;
-    put_number(p_.m, m_ + T{0});
+    put_number(p_.m, found.m[0]);
     put_number(p_.log_l, log_l_);
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    put_number(p_.lse, top == kInfinity ? top : m_ * scale_ + log_l_);
+    put_number(p_.lse, found.lse[0]);
   }
 
   // What makes results of a row that is finished. y is the product of a weight, which is relative
   // to its chunk's maximum, with the chunk's factor.
   Vec<T> high() const { return finite_max<T>(set1(m_)); }
-  T inverse() const { return l_ == 0 ? T{0} : T{1} / l_; }
+  T inverse() const { return inverse_; }
   T log_l() const { return log_l_; }
   T scale() const { return scale_; }
   T factor(const ChunkState<T>& state) const {
-    if (state.m == m_) return inverse();
-    return (exp_(finite_max<T>(set1(state.m)) - high()) * set1(inverse()))[0];
+    return factor_of_chunk<T>(exp_, set1(state.m), set1(m_), set1(inverse_))[0];
   }
 
   // finish() of 16 rows of one chunk and without a sink, of which `count` are written.
   void put_sixteen(int64_t r, int count, const T* m, const T* l, T* inverse, T* log_l) {
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
     alignas(64) T kept[kGroup], lse[kGroup];
     const bool logs = p_.log_y || p_.lse || p_.log_l;
     for (int i = 0; i < kGroup; i += kWidth<T>) {
-      const Vec<T> sum = load(l + i), top = load(m + i), infinity = set1(kInfinity);
-      const auto empty = equal(sum, zero<T>());
-      store(inverse + i, select(empty, zero<T>(), splat<T>(1) / sum));
-      const auto nan = unordered(sum);
-      const Vec<T> all = logs ? select(nan, sum, select(empty, zero<T>(), log<T>(sum))) : zero<T>();
-      const Vec<T> highest = select(nan, sum, top);
-      store(log_l + i, all);
-      store(kept + i, highest + zero<T>());
-      store(lse + i, select(equal(top, infinity), infinity, highest * set1(scale_) + all));
+      const RowResults<T> found(load(m + i), load(l + i), set1(scale_), logs);
+      store(inverse + i, found.inverse);
+      store(log_l + i, found.log_l);
+      store(kept + i, found.m);
+      store(lse + i, found.lse);
     }
     for (int i = 0; i < count && (p_.m || p_.log_l || p_.lse); i++) {
       take(r + i);
@@ -148,9 +153,6 @@ class SoftmaxRow {
     }
   }
 
-  struct Sums {
-    T c, mu;  // sum of p gy + gz, and of p ts
-  };
   Sums sums(int64_t chunk) {
     const int n = width(chunk);
     const T* p = probabilities(chunk);
@@ -194,10 +196,10 @@ class SoftmaxRow {
             *tgy = maybe(p_.tgy, chunk, n, scratch_[2]),
             *tgz = maybe(p_.tgz, chunk, n, scratch_[3]);
     Lanes64<T> sum;
+    const SoftmaxTerms<T> terms = this->terms();
     add(n, &sum, [&](int j, int left) __attribute__((always_inline)) {
-      const Vec<T> ts = some(tx, j, left) * set1(scale_);
-      Vec<T> t = (ts - set1(mu_)) * some(gy, j, left) + some(tgy, j, left);
-      return load_some(p + j, left, T{0}) * t + some(tgz, j, left);
+      return terms.tc_of(load_some(p + j, left, T{0}), some(tx, j, left), some(gy, j, left),
+                         some(tgy, j, left), some(tgz, j, left));
     });
     return sum.total();
   }
@@ -213,28 +215,26 @@ class SoftmaxRow {
     const int n = width(chunk);
     const T* p = probabilities(chunk);
     const T *gy = maybe(p_.gy, chunk, n, scratch_[0]), *gz = maybe(p_.gz, chunk, n, scratch_[1]);
+    const SoftmaxTerms<T> terms = this->terms();
     if (p_.dx)
       emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-        const Vec<T> ds = load_some(p + j, left, T{0}) * (some(gy, j, left) - set1(c_));
-        return empty_ ? zero<T>() : (ds + some(gz, j, left)) * set1(scale_) + zero<T>();
+        return alive(terms.dx(load_some(p + j, left, T{0}), some(gy, j, left), some(gz, j, left)));
       });
-    if (chunk == 0) put_number(p_.dsink, -sink_ * c_ + T{0});
+    if (chunk == 0) put_number(p_.dsink, terms.dsink(set1(sink_))[0]);
   }
 
   void write_jvp(int64_t chunk, bool stream) {
     const int n = width(chunk);
     const T* p = probabilities(chunk);
     const T* tx = maybe(p_.tx, chunk, n, scratch_[0]);
-    auto ts = [&](int j, int left) __attribute__((always_inline)) {
-      return some(tx, j, left) * set1(scale_) - set1(mu_);
-    };
+    const SoftmaxTerms<T> terms = this->terms();
     if (p_.ty)
       emit(p_.ty, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-        return load_some(p + j, left, T{0}) * ts(j, left) + zero<T>();
+        return terms.ty(load_some(p + j, left, T{0}), some(tx, j, left));
       });
     if (p_.tz)
       emit(p_.tz, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-        return empty_ ? zero<T>() : ts(j, left) + zero<T>();
+        return alive(terms.tz(some(tx, j, left)));
       });
     if (chunk == 0) put_number(p_.tl, mu_ + T{0});
   }
@@ -245,18 +245,18 @@ class SoftmaxRow {
     const T *tx = maybe(p_.tx, chunk, n, scratch_[0]), *gy = maybe(p_.gy, chunk, n, scratch_[1]),
             *tgy = maybe(p_.tgy, chunk, n, scratch_[2]),
             *tgz = maybe(p_.tgz, chunk, n, scratch_[3]);
+    const SoftmaxTerms<T> terms = this->terms();
     if (p_.dx)
       emit(p_.dx, chunk, n, stream, T{0}, [&](int j, int left) __attribute__((always_inline)) {
-        const Vec<T> moved = some(tx, j, left) * set1(scale_) - set1(mu_);
-        const Vec<T> tds =
-            moved * (some(gy, j, left) - set1(c_)) + (some(tgy, j, left) - set1(tc_));
-        const Vec<T> all = load_some(p + j, left, T{0}) * tds + some(tgz, j, left);
-        return empty_ ? zero<T>() : all * set1(scale_) + zero<T>();
+        return alive(terms.tdx(load_some(p + j, left, T{0}), some(tx, j, left), some(gy, j, left),
+                               some(tgy, j, left), some(tgz, j, left)));
       });
-    if (chunk == 0) put_number(p_.dsink, -sink_ * ((tsink_ - mu_) * c_ + tc_) + T{0});
+    if (chunk == 0) put_number(p_.dsink, terms.tdsink(set1(sink_), set1(tsink_))[0]);
   }
 
  private:
+  TW_MEMBER SoftmaxTerms<T> terms() const { return {set1(scale_), set1(c_), set1(mu_), set1(tc_)}; }
+  TW_MEMBER Vec<T> alive(Vec<T> x) const { return empty_ ? zero<T>() : x; }
   int width(int64_t chunk) const {
     return static_cast<int>(std::min<int64_t>(kChunk, p_.columns - chunk * kChunk));
   }
@@ -276,22 +276,9 @@ class SoftmaxRow {
     return sum.total();
   }
 
-  void add_state(const ChunkState<T>& s, T* m, T* l) const {
-    const T lowest = std::numeric_limits<T>::lowest(), top = s.m > *m ? s.m : *m;
-    const T high = lowest > top ? lowest : top;
-    *l = *l * exp_((lowest > *m ? lowest : *m) - high) +
-         s.l * exp_((lowest > s.m ? lowest : s.m) - high);
-    *m = top;
-  }
-
-  // exp(z - m scale)
-  T exp_sink(T z) const {
-    const T d = static_cast<T>(static_cast<double>(z) - static_cast<double>(m_) * p_.scale);
-    return exp1_(d < T{0} ? d : T{0});
-  }
-  // The sink as a column of its own, whose logit is z and whose x would be z / scale.
+  T exp_sink(T z) const { return exp1_(sink_scale_.below<T>(z, m_)); }
   void add_sink(T z, T* m, T* l) {
-    const T x = static_cast<T>(static_cast<double>(z) / p_.scale), top = x > *m ? x : *m;
+    const T x = sink_scale_.x<T>(z), top = x > *m ? x : *m;
     const T lowest = std::numeric_limits<T>::lowest();
     *l = *l * exp_((lowest > *m ? lowest : *m) - top);
     *m = m_ = top;
@@ -431,10 +418,11 @@ class SoftmaxRow {
   const SoftmaxProblem& p_;
   const T scale_;
   const Exp<T> exp_, exp1_;
+  const SinkScale sink_scale_;
   const bool kept_;
   int64_t outer_ = 0, inner_ = 0, known_ = 0;
   bool empty_ = false;
-  T m_ = 0, l_ = 0, log_l_ = 0, inverse_ = 0, sink_ = 0, tsink_ = 0, c_ = 0, mu_ = 0, tc_ = 0;
+  T m_ = 0, log_l_ = 0, inverse_ = 0, sink_ = 0, tsink_ = 0, c_ = 0, mu_ = 0, tc_ = 0;
   T *x_ = nullptr, *weights_ = nullptr, *out_ = nullptr, *scratch_[4] = {};
 };
 

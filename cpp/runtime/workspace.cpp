@@ -23,12 +23,13 @@ struct Block {
 thread_local Block block;
 
 void* allocate(size_t bytes, size_t* size) {
-  *size = (bytes + kPage - 1) / kPage * kPage;
+  constexpr size_t unit = kGap ? 64 : kPage;
+  *size = (bytes + unit - 1) / unit * unit;
   if (*size < bytes) throw std::bad_alloc();
-  void* data = std::aligned_alloc(kPage, *size);
+  void* data = std::aligned_alloc(unit, *size);
   if (!data) throw std::bad_alloc();
 #if defined(__linux__)
-  madvise(data, *size, MADV_HUGEPAGE);
+  if (!kGap) madvise(data, *size, MADV_HUGEPAGE);
 #endif
   return data;
 }
@@ -45,7 +46,8 @@ Buffer::~Buffer() {
 }
 
 void* workspace(size_t bytes) {
-  if (bytes <= block.size && block.size <= (bytes > kKept ? bytes : kKept)) return block.data;
+  const bool fits = bytes <= block.size && block.size <= (bytes > kKept ? bytes : kKept);
+  if (fits && !kGap) return block.data;
   std::free(block.data);
   block = {};
   size_t size;

@@ -3,7 +3,21 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace tilewise {
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGap = 64;  // after each piece, so that a write past its end is found
+inline void forbid(void* at, size_t bytes) {
+  ASAN_POISON_MEMORY_REGION(at, bytes);
+}
+#else
+constexpr size_t kGap = 0;
+inline void forbid(void*, size_t) {}
+#endif
 
 // At least `bytes` bytes, 64-byte aligned, uninitialised, valid until the thread's next call.
 void* workspace(size_t bytes);
@@ -25,10 +39,13 @@ class Arena {  // hands out pieces of a workspace; with a null base it only coun
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
-  T* take(int64_t count) {
-    size_t at = used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) & ~size_t{63};
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  T* take(int64_t count) {  // null where count is 0
+    const size_t at = used_, bytes = static_cast<size_t>(count) * sizeof(T);
+    if (!count) return nullptr;
+    used_ += ((bytes + 63) & ~size_t{63}) + kGap;
+    if (!base_) return nullptr;
+    forbid(base_ + at + bytes, used_ - at - bytes);
+    return reinterpret_cast<T*>(base_ + at);
   }
   size_t used() const { return used_; }
 

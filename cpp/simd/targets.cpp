@@ -1,6 +1,6 @@
 #include "simd/targets.hpp"
 
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -21,7 +21,7 @@ namespace {
 constexpr Target kAll[] = {Target::kAmx, Target::kAvx512Bf16, Target::kAvx512, Target::kAvx2,
                            Target::kPortable};
 
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
 bool has_f16c() {  // which some compilers' __builtin_cpu_supports does not know
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
@@ -53,7 +53,7 @@ bool has_tiles() {
 #endif
 
 bool runs_here(Target target) {
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
@@ -70,7 +70,7 @@ bool runs_here(Target target) {
 
 // Intel's CPUs do vdpbf16ps at half the rate of float32 multiply-adds, AMD's at twice that rate.
 bool pays_here(Target target) {
-#if defined(__x86_64__)
+#if defined(TILEWISE_X86)
   if (target == Target::kAvx512Bf16) return __builtin_cpu_is("amd");
 #endif
   return true;

@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "simd/simd-inl.hpp"
+#include "simd/transpose-inl.hpp"
 
 #include "simd/begin.hpp"
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <utility>
 
+#include "simd/transpose-inl.hpp"
 #include "tile/segments-inl.hpp"
 
 #if defined(TW_HAS_TILES)

@@ -27,6 +27,7 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "tilewise.ops.attention.cpu",
         "reference": "tilewise.ops.attention.reference",
         "triton": "tilewise.ops.attention.gpu",
+        "hopper": "tilewise.ops.attention.hopper",
     },
     "cross_entropy": {
         "cpu": "tilewise.ops.cross_entropy.cpu",
@@ -48,7 +49,7 @@ TABLE: dict[str, dict[str, str]] = {
 }
 """For each operator, the module of each implementation, best first."""
 
-DEVICE = ("triton",)
+DEVICE = ("triton", "hopper")
 """The implementations whose calls hold tensors of a GPU and no arrays: frontends choose those."""
 
 _COPIED_BYTES = 1 << 24  # small problems are worth a copy, for there a call costs more

@@ -262,6 +262,24 @@ def test_a_fused_loss_takes_options_and_is_undone(fused_loss: Callable[..., Any]
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_a_fused_loss_is_one_graph_with_the_model(
+    name: str, fused_loss: Callable[..., Any]
+) -> None:
+    model = model_of(name)
+    want, right = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with fused_loss(model):
+        model.zero_grad()
+        out = compiled(input_ids=TOKENS, labels=LABELS)
+        out.loss.backward()
+        assert not made(out.logits)
+    close(out.loss, want.loss)
+    for key, p in model.named_parameters():
+        close(p.grad / right[key].abs().max(), right[key] / right[key].abs().max(), 1e-5)
+    assert torch.equal(compiled(input_ids=TOKENS, labels=LABELS).logits, want.logits)
+
+
 def test_labels_that_are_shifted_already(fused_loss: Callable[..., Any]) -> None:
     model = model_of("Llama")
     shifted = nn.functional.pad(LABELS, (0, 1), value=-100)[..., 1:]

@@ -16,6 +16,7 @@ from tilewise.dispatch import TABLE, choose
 B, H, HK, N, NK, D, DV = 2, 8, 4, 3, 128, 64, 16
 Arguments = dict[str, Any]
 Change = Callable[[Arguments], Any]
+IMPLEMENTATIONS = ", ".join(map(repr, TABLE["attention"]))
 
 
 def good() -> Arguments:
@@ -305,12 +306,12 @@ BAD: list[tuple[Change, type[Exception], str]] = [
     (
         replaced(implementation="flash"),
         ValueError,
-        "implementation must be one of 'cpu', 'reference', got 'flash'",
+        f"implementation must be one of {IMPLEMENTATIONS}, got 'flash'",
     ),
     (
         replaced(implementation=1),
         ValueError,
-        "implementation must be one of 'cpu', 'reference', got 1",
+        f"implementation must be one of {IMPLEMENTATIONS}, got 1",
     ),
 ]
 

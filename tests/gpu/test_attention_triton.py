@@ -117,7 +117,8 @@ def test_what_is_not_finite_reaches_those_that_attend_to_it(name: str, triton: S
 def test_the_audit_sees_planted_bugs(
     planted: str, triton: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case("gpu/planted", SMALL, mask=CAUSAL, poison=None if planted == "scale" else "absent")
+    mask = CAUSAL if planted == "scale" else by(masks.prefix(41))
+    case = Case("gpu/planted", SMALL, mask=mask, poison=None if planted == "scale" else "absent")
     if planted == "scale":
         right = forward.logits
         monkeypatch.setattr(

@@ -101,12 +101,12 @@ class Problem:
 
     def jvp(self, saved: dict[str, Array], **tangents: Array) -> dict[str, Array]:
         found = self.rows("tloss", "tlse", "tz", "tentropy")
-        core.linear_cross_entropy_jvp(**self.given(), **saved, **tangents, **found)
+        core.linear_cross_entropy_jvp(**self.given(), m=saved["m"], **tangents, **found)
         return found
 
     def vjp_jvp(self, saved: dict[str, Array], **moves: Array) -> dict[str, Array]:
         found, views = self.gradients(prefix="td")
-        core.linear_cross_entropy_vjp_jvp(**self.given(), **saved, **moves, **views)
+        core.linear_cross_entropy_vjp_jvp(**self.given(), m=saved["m"], **moves, **views)
         return found
 
 

@@ -572,7 +572,9 @@ def test_results_are_written_into_out_and_in_place(
             same(implementation, own, want)
 
 
-@pytest.mark.parametrize(("rows", "C"), [(1031, 4099), (4507, 997), (30_011, 151), (3, 1_500_007)])
+@pytest.mark.parametrize(
+    ("rows", "C"), [(1031, 4099), (4507, 997), (30_011, 151), (600_011, 7), (3, 1_500_007)]
+)
 def test_large_results_have_the_bits_of_their_rows(
     rows: int, C: int, setting: Callable[..., AbstractContextManager[None]]
 ) -> None:

@@ -222,6 +222,8 @@ class FlatOperator:
             moving along the other tangents, and the tangents along the second ones, does to the
             output tangents. Any of those may be None.
         output_tangents: Whether `vjp_jvp` reads the output tangents that it is given.
+        read_outputs: Names of the active outputs that derivatives read, None for all. The others
+            are given to derivatives as None, so that nothing keeps them.
         orders: Whether `prepare` brings its arrays into C order, with copies where it has to.
         read_inputs: Names of the inputs whose entries `prepare` reads; of the others it looks only
             at shapes, strides and dtypes.
@@ -251,8 +253,15 @@ class FlatOperator:
     jvp_jvp: Callable[..., Arrays] | None = None
     split_over: Callable[..., int] | None = None
     output_tangents: bool = True
+    read_outputs: tuple[str, ...] | None = None
     read_inputs: tuple[str, ...] = ()
     orders: bool = False
+
+    @cached_property
+    def reads(self) -> tuple[bool, ...]:
+        """For each active output, whether derivatives read it."""
+        names = self.outputs[: self.active_outputs]
+        return tuple([self.read_outputs is None or name in self.read_outputs for name in names])
 
     def batch(self, kind: str, arrays: Sequence[Any], options: Mapping[str, Any]) -> int:
         """Return how many of the first dimensions of all arguments and results are batches.

@@ -1,4 +1,4 @@
-"""The command line: `tilewise verify`, `bench`, `demo` and `info`."""
+"""The command line: `tilewise verify`, `bench`, `demo`, `plan` and `info`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import typer
 
 from tilewise.base.errors import Unsupported
-from tilewise.cli import bench, demo, info, verify
+from tilewise.cli import bench, demo, info, plan, verify
 
 __all__ = ["app", "main"]
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Exact attention and its gradients, tile by tile.",
 )
-for command in (verify, bench, demo, info):
+for command in (verify, bench, demo, plan, info):
     command.register(app)
 
 

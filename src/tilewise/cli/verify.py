@@ -29,8 +29,8 @@ def verify(
     operator: Annotated[
         str,
         typer.Argument(
-            help="attention, softmax, log_softmax, logsumexp, cross_entropy or linear; or an "
-            "attention of your own as package.module:function."
+            help="attention, softmax, log_softmax, logsumexp, cross_entropy, linear or "
+            "linear_cross_entropy; or an attention of your own as package.module:function."
         ),
     ] = "attention",
     implementation: Annotated[

@@ -13,6 +13,7 @@ from .drop_in import dot_product_attention, flax_attention
 from .linear import linear
 from .linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
 from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
+from .varlen import attention_varlen
 
 __all__ = [
     "AttentionResult",
@@ -21,6 +22,7 @@ __all__ = [
     "LogSoftmaxResult",
     "SoftmaxResult",
     "attention",
+    "attention_varlen",
     "cross_entropy",
     "dot_product_attention",
     "flax_attention",

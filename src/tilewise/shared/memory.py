@@ -51,7 +51,7 @@ def check_out(
 def overlap(a: Array, b: Array) -> bool:
     """Return whether two arrays share memory, or may where that takes long to find out."""
     try:
-        return np.shares_memory(a, b, max_work=1000)  # type: ignore[arg-type]
+        return np.shares_memory(a, b, max_work=1000)
     except np.exceptions.TooHardError:
         return True
 

@@ -19,6 +19,25 @@ def number(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def lowest(dtype: tl.constexpr):
+    """Return the lowest finite number of float32 or float64."""
+    if dtype == tl.float64:
+        value = number(-1.7976931348623157e308, dtype)
+    else:
+        value = number(-3.4028234663852886e38, dtype)
+    return value
+
+
+@triton.jit
+def natural(m):
+    """Return a row maximum in natural units; the lowest number stands for itself.
+
+    A logit of the lowest number was cut off there when it was brought to base 2.
+    """
+    return tl.where(m == lowest(m.dtype), m, m * LN2)
+
+
+@triton.jit
 def load_rows(
     base,
     start,
@@ -76,7 +95,7 @@ def finite(x):
 @triton.jit
 def any_not_finite(x):
     """Return whether a tile of a dtype of at least 32 bits holds NaN or an infinity."""
-    return tl.max(tl.max(tl.where(finite(x), 0, 1), 1), 0) > 0
+    return tl.max(tl.where(finite(x), 0, 1)) > 0
 
 
 @triton.jit

@@ -172,25 +172,36 @@ def _bound(run: Callable[..., Tensors], kernel: Kernel) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=256)
-def _parsed(options: str) -> Mapping[str, Any]:
-    parsed: Mapping[str, Any] = literal_eval(options)
-    return parsed
+def parsed(options: str) -> Mapping[str, Any]:
+    """Return options from their text."""
+    found: Mapping[str, Any] = literal_eval(options)
+    return found
 
 
 def _run(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Run a function on the memory of the tensors; None stands for a result that is not needed."""
-    first, parsed = tensors[kernel.first], _parsed(options)
-    if not first.is_cpu or parsed["implementation"] in DEVICE:
-        return gpu.run(kernel.operator, kernel.kind, parsed, needed, tensors)
-    if first.dtype is torch.bfloat16:
-        dtype = bfloat16(kernel.operator.name)
-        arrays = [t if t is None else _array(t, dtype) for t in tensors]
-        make = _tensor
-    else:
-        arrays = [t if t is None else t.numpy(force=True) for t in tensors]
-        make = torch.from_numpy
-    out = evaluate(kernel.operator, kernel.kind, arrays, parsed, needed)
+    first, given = tensors[kernel.first], parsed(options)
+    if not first.is_cpu or given["implementation"] in DEVICE:
+        return gpu.run(kernel.operator, kernel.kind, given, needed, tensors)
+    arrays, make = as_arrays(kernel.operator.name, first.dtype, tensors)
+    out = evaluate(kernel.operator, kernel.kind, arrays, given, needed)
     return tuple([make(a) if wanted else None for a, wanted in zip(out, needed, strict=True)])
+
+
+def as_arrays(
+    name: str, dtype: torch.dtype, tensors: Sequence[Any]
+) -> tuple[list[Any], Callable[[Any], Any]]:
+    """Return the memory of plain tensors as arrays, and what makes tensors of arrays.
+
+    Args:
+        name: Name of the operator, for the error text.
+        dtype: That of the call; bfloat16 needs a package.
+        tensors: Tensors, or None, which stays None.
+    """
+    if dtype is not torch.bfloat16:
+        return [t if t is None else t.numpy(force=True) for t in tensors], torch.from_numpy
+    narrow = bfloat16(name)
+    return [t if t is None else _array(t, narrow) for t in tensors], _tensor
 
 
 def _array(tensor: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -211,21 +222,22 @@ def _tensor(array: Any) -> Any:
 def _fake(kernel: Kernel, options: str, needed: tuple[bool, ...], *tensors: Any) -> Tensors:
     """Return tensors of the right shapes without values."""
     operator, first = kernel.operator, kernel.first_input(tensors)
-    if kernel.kind == "forward":
+    inputs = tensors if kernel.kind == "forward" else kernel.split(tensors)[-3]
+    if kernel.kind in ("forward", "jvp"):
         extra = first.ndim - operator.rank
-        given = [None if t is None else tuple(t.shape[extra:]) for t in tensors]
+        given = [None if t is None else tuple(t.shape[extra:]) for t in inputs]
         leading = tuple(first.shape[:extra])
-        shapes = [leading + shape for shape in operator.shapes(given, _parsed(options))]
+        shapes = [leading + shape for shape in operator.shapes(given, parsed(options))]
         wide = torch.float32 if _is_narrow(first) else first.dtype
         dtypes = [first.dtype] * operator.narrow_outputs
         dtypes += [wide] * (len(shapes) - len(dtypes))
         for i, name in enumerate((*operator.outputs, *operator.residuals)):
             source = operator.dtypes.get(name)
             if source is not None:
-                dtypes[i] = _dtype_of(source, operator, tensors)
+                dtypes[i] = _dtype_of(source, operator, inputs)
+        shapes, dtypes = shapes[: kernel.results], dtypes[: kernel.results]
     else:
-        *_, inputs, outputs, _ = kernel.split(tensors)
-        like = outputs if kernel.kind == "jvp" else inputs[: operator.active_inputs]
+        like = inputs[: operator.active_inputs]
         shapes = [() if t is None else tuple(t.shape) for t in like]
         dtypes = [first.dtype if t is None else t.dtype for t in like]
     results = zip(shapes, dtypes, needed, strict=True)
@@ -471,9 +483,10 @@ def _save(
         passive = [t for t in returned[active:] if t is not None]
         if passive:
             ctx.mark_non_differentiable(*passive)
-        tensors += out[:active] + out[len(kernel.operator.outputs) :]
+        read = _only(out[:active], kernel.operator.reads)
+        tensors += read + out[len(kernel.operator.outputs) :]
     elif kernel.kind == "jvp":
-        tensors = out + tensors
+        tensors = _only(out, (kernel.operator.output_tangents,) * len(out)) + tensors
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
     return tensors

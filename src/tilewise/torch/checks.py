@@ -112,6 +112,39 @@ def check_device(operator: str, name: str, tensor: Tensor, x: Tensor, first: str
         raise value_error(operator, name, f"be on {x.device} (as {first})", str(tensor.device))
 
 
+def check_accumulator(
+    operator: str, accumulator: Any, weight: str, w: Tensor, allowed: tuple[str, ...]
+) -> None:
+    """Check a tensor to which the gradient of a weight is to be added.
+
+    Args:
+        operator: Name of the operator, for the error text.
+        accumulator: What the user gave.
+        weight: Name of the weight.
+        w: The weight.
+        allowed: Names of the dtypes that it may have.
+    """
+    name = "grad_accumulator"
+    if not isinstance(accumulator, Tensor):
+        raise type_error(operator, name, "be a torch.Tensor", type(accumulator).__name__)
+    if shown(accumulator.dtype) not in allowed:
+        requirement = f"have dtype {' or '.join(dict.fromkeys(allowed))}"
+        raise type_error(operator, name, requirement, shown(accumulator.dtype))
+    if accumulator.shape != w.shape:
+        requirement = f"have shape {tuple(w.shape)} (from {weight})"
+        raise value_error(operator, name, requirement, tuple(accumulator.shape))
+    if accumulator.device != w.device:
+        requirement = f"be on {w.device} (as {weight})"
+        raise value_error(operator, name, requirement, str(accumulator.device))
+    if accumulator.requires_grad:
+        raise value_error(operator, name, "be without requires_grad", "requires_grad=True")
+    if not accumulator.is_contiguous():
+        got = f"strides {accumulator.stride()}"
+        raise value_error(operator, name, "be contiguous, for a copy would be as large", got)
+    if w.numel() and not w.is_meta and accumulator.data_ptr() == w.data_ptr():
+        raise value_error(operator, name, f"not overlap {weight}", f"{weight} itself")
+
+
 def shown(dtype: torch.dtype) -> str:
     """Return the name of a dtype."""
     return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -107,7 +107,8 @@ def adapted(
 
     own = {kind: getattr(implementation, kind) for kind in _FUNCTIONS}
     functions: dict[str, Any] = {k: None if f is None else on_arrays(f) for k, f in own.items()}
-    return Implementation(implementation.name, **functions, reduces=implementation.reduces)
+    # What it refuses is asked with tensors, above.
+    return replace(implementation, **functions, refuses=lambda call: None)
 
 
 class _Stage:

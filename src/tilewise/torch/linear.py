@@ -14,7 +14,7 @@ from tilewise.base.dtypes import FLOATS, NARROW, listed
 from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.ops.linear.spec import NAME, accumulator_dtypes, check_sizes
 
-from .checks import shown
+from .checks import check_accumulator, shown
 
 _DTYPES = tuple([getattr(torch, name) for name in FLOATS])
 _CASTS = (*[getattr(torch, name) for name in NARROW], torch.float32)
@@ -137,14 +137,12 @@ class _Accumulating(Function):  # type: ignore[misc]
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _accumulating(x: Tensor, w: Tensor, bias: Tensor | None, accumulator: Tensor) -> Tensor:
-    _check_accumulator(accumulator, w)
     if _are_functorch_transforms_active():
         raise unsupported(NAME, "grad_accumulator goes with no transform of torch.func")
+    check_accumulator(NAME, accumulator, "w", w, accumulator_dtypes(shown(w.dtype)))
     tensors = [t for t in (x, w, bias) if t is not None]
     if any([forward_ad.unpack_dual(t).tangent is not None for t in tensors]):
         raise unsupported(NAME, "grad_accumulator goes with no tangents")
-    if w.numel() and not w.is_meta and accumulator.data_ptr() == w.data_ptr():
-        raise value_error(NAME, "grad_accumulator", "not overlap w", "w itself")
     y: Tensor = _Accumulating.apply(x, w, bias, accumulator)
     return y
 
@@ -204,23 +202,3 @@ def _check(x: Any, w: Any, bias: Any) -> None:
         if t.device != x.device:
             raise value_error(NAME, name, f"be on {x.device} (as x)", str(t.device))
     check_sizes(tuple(x.shape), tuple(w.shape), None if bias is None else tuple(bias.shape))
-
-
-def _check_accumulator(accumulator: Any, w: Tensor) -> None:
-    name = "grad_accumulator"
-    if not isinstance(accumulator, Tensor):
-        raise type_error(NAME, name, "be a torch.Tensor", type(accumulator).__name__)
-    allowed = accumulator_dtypes(shown(w.dtype))
-    if shown(accumulator.dtype) not in allowed:
-        requirement = f"have dtype {' or '.join(dict.fromkeys(allowed))}"
-        raise type_error(NAME, name, requirement, shown(accumulator.dtype))
-    if accumulator.shape != w.shape:
-        requirement = f"have shape {tuple(w.shape)} (from w)"
-        raise value_error(NAME, name, requirement, tuple(accumulator.shape))
-    if accumulator.device != w.device:
-        raise value_error(NAME, name, f"be on {w.device} (as x)", str(accumulator.device))
-    if accumulator.requires_grad:
-        raise value_error(NAME, name, "be without requires_grad", "requires_grad=True")
-    if not accumulator.is_contiguous():
-        got = f"strides {accumulator.stride()}"
-        raise value_error(NAME, name, "be contiguous, for a copy would be as large", got)

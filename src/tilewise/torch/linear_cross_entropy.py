@@ -31,6 +31,7 @@ from tilewise.ops.linear_cross_entropy.spec import (
 
 from .autodiff import forward, register
 from .checks import autocast, check_device, check_first, shown
+from .loss_accumulator import accumulating
 
 register(FLAT)
 
@@ -74,6 +75,7 @@ class LinearCrossEntropyOptions(TypedDict, total=False):
     token_chunk: int | None
     vocab_chunk: int | None
     gradient_filter: float | None
+    grad_accumulator: Tensor | None
     implementation: str | None
 
 
@@ -117,6 +119,7 @@ def linear_cross_entropy(
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
     gradient_filter: float | None = None,
+    grad_accumulator: Tensor | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_argmax: bool = False,
@@ -153,6 +156,9 @@ def linear_cross_entropy(
         vocab_chunk: How many classes' logits there are at a time; by default all.
         gradient_filter: Probability below which entries may be left out of gradients; None is
             never.
+        grad_accumulator: `(V, C)`, contiguous, dtype of weight, or float32 where that has 16 bits.
+            Each backward pass in which weight requires a gradient adds that to this tensor, and
+            weight gets none, as with `tilewise.torch.linear`.
         return_lse: Return also `lse`, of ignored tokens too; so the next two.
         return_entropy: Return also the entropy of each token's probabilities.
         return_argmax: Return also each token's most probable class.
@@ -166,7 +172,8 @@ def linear_cross_entropy(
         TypeError: An argument has a wrong kind or dtype.
         ValueError: An argument has a wrong shape, device or value.
         Unsupported: Targets are class probabilities, the implementation does not serve the call, or
-            a third derivative is asked for.
+            a third derivative is asked for; with `grad_accumulator`, a transform of `torch.func` or
+            a derivative of a backward pass.
 
     Accuracy:
         `tilewise.ops.linear_cross_entropy.spec.error_bound` bounds the error and derives the bound.
@@ -176,23 +183,21 @@ def linear_cross_entropy(
     """
     if torch.is_autocast_enabled("cpu"):
         hidden, weight, bias = autocast(hidden, weight, bias)
-    _check(hidden, weight, bias, targets, class_weight)
+    check(hidden, weight, bias, targets, class_weight)
     lead = hidden.shape[:-1]
     shift = check_shift(shift, len(lead))
     reduction = check_reduction(reduction)
     ignored = IGNORE_INDEX.check(ignore_index)
     zeta = Z_LOSS.check(NAME, z_loss)
-    options = _literal(
+    options = literal_options(
         ignore_index=ignored,
-        label_smoothing=LABEL_SMOOTHING.check(NAME, label_smoothing),
+        label_smoothing=label_smoothing,
         z_loss=zeta,
-        softcap=None if softcap is None else SOFTCAP.check(NAME, softcap),
+        softcap=softcap,
         reduction=reduction,
-        token_chunk=None if token_chunk is None else TOKEN_CHUNK.check(token_chunk),
-        vocab_chunk=None if vocab_chunk is None else VOCAB_CHUNK.check(vocab_chunk),
-        gradient_filter=(
-            None if gradient_filter is None else GRADIENT_FILTER.check(NAME, gradient_filter)
-        ),
+        token_chunk=token_chunk,
+        vocab_chunk=vocab_chunk,
+        gradient_filter=gradient_filter,
         lse=bool(return_lse or return_z_loss),
         entropy=bool(return_entropy),
         implementation=implementation,
@@ -201,9 +206,13 @@ def linear_cross_entropy(
     wide = torch.float32 if hidden.dtype in _NARROW else hidden.dtype
     counts = None if class_weight is None else class_weight.detach().to(wide)
     inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, y, counts)
-    kept = _kept_gradients(inputs[:3], reduction, vocab_chunk, implementation)
-    needed = (True, True, True, bool(return_argmax), True, True, *kept)
-    loss, lse, entropy, argmax = forward(FLAT, inputs, options, needed)[:4]
+    if grad_accumulator is not None:
+        found = accumulating(grad_accumulator, inputs, options, argmax=bool(return_argmax))
+    else:
+        kept = _kept_gradients(inputs[:3], reduction, vocab_chunk, implementation)
+        needed = (True, True, True, bool(return_argmax), True, True, *kept)
+        found = forward(FLAT, inputs, options, needed)
+    loss, lse, entropy, argmax = found[:4]
 
     def back(rows: Tensor) -> Tensor:
         whole = rows.reshape(lead)
@@ -225,12 +234,36 @@ def linear_cross_entropy(
     )
 
 
-def _literal(**options: Any) -> str:
-    """Return options as the text of a dictionary."""
+def literal_options(
+    *,
+    ignore_index: object,
+    label_smoothing: object,
+    z_loss: object,
+    softcap: object,
+    reduction: object,
+    token_chunk: object,
+    vocab_chunk: object,
+    gradient_filter: object,
+    **others: Any,
+) -> str:
+    """Return checked options, and others as they are, as the text of a dictionary."""
+    options = {
+        "ignore_index": IGNORE_INDEX.check(ignore_index),
+        "label_smoothing": LABEL_SMOOTHING.check(NAME, label_smoothing),
+        "z_loss": Z_LOSS.check(NAME, z_loss),
+        "softcap": None if softcap is None else SOFTCAP.check(NAME, softcap),
+        "reduction": check_reduction(reduction),
+        "token_chunk": None if token_chunk is None else TOKEN_CHUNK.check(token_chunk),
+        "vocab_chunk": None if vocab_chunk is None else VOCAB_CHUNK.check(vocab_chunk),
+        "gradient_filter": (
+            None if gradient_filter is None else GRADIENT_FILTER.check(NAME, gradient_filter)
+        ),
+        **others,
+    }
     return "{" + ", ".join([f"{name!r}: {value!r}" for name, value in options.items()]) + "}"
 
 
-def _check(hidden: Any, weight: Any, bias: Any, targets: Any, class_weight: Any) -> None:
+def check(hidden: Any, weight: Any, bias: Any, targets: Any, class_weight: Any) -> None:
     """Check all but the values of tensors."""
     _check_tensors(hidden=hidden, weight=weight, bias=bias, class_weight=class_weight)
     if not isinstance(targets, Tensor):

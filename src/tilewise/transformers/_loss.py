@@ -235,7 +235,9 @@ class Logits:
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Apply a function of torch to the logits."""
-        torch = import_module("torch")
+        # Not by import_module, which torch.compile does not trace.
+        import torch
+
         if function is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
         tree = torch.utils._pytree.tree_map(_tensor_of, (args, kwargs or {}))

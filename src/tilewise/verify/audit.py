@@ -64,9 +64,9 @@ def run(
 
     Args:
         operator: ``"attention"``, ``"softmax"``, ``"log_softmax"``, ``"logsumexp"``,
-            ``"cross_entropy"`` or ``"linear"``; or a function with the signature of
-            `tilewise.numpy.attention`, or its name ``"package.module:function"``. Cases whose
-            options the function does not take are skipped.
+            ``"cross_entropy"``, ``"linear"`` or ``"linear_cross_entropy"``; or a function with the
+            signature of `tilewise.numpy.attention`, or its name ``"package.module:function"``.
+            Cases whose options the function does not take are skipped.
         implementation: Which implementation of the operator; None for the default one.
         select: Only the cases whose name contains this.
         progress: Called before every case with (number, how many, name).

@@ -26,11 +26,12 @@ from tilewise.base.operator import KINDS, FlatOperator
 from tilewise.dispatch import TABLE, evaluate
 from tilewise.ops.cross_entropy.record import FLAT as CROSS_ENTROPY
 from tilewise.ops.linear.record import FLAT as LINEAR
+from tilewise.ops.linear_cross_entropy.record import FLAT as LINEAR_CROSS_ENTROPY
 from tilewise.ops.softmax.record import FLAT as SOFTMAX
 
 from . import metrics, plain
 from .blas import one_blas_thread
-from .cases import cross_entropy, linear, softmax
+from .cases import cross_entropy, linear, linear_cross_entropy, softmax
 from .cases.problem import dtype_of
 from .cases.rows import FlatCase, FlatProblem
 from .judge import accuracy, compare, poison_heap, text_of, verdict
@@ -46,7 +47,8 @@ Array = NDArray[Any]
 Results = dict[str, Array]
 Progress = Callable[[int, int, str], None]
 
-_DRAWS = 5
+# How many errors an estimate of their size is made of, at least, and evaluations it comes from.
+_ERRORS, _DRAWS = 20, 5
 _NOISE_CAP = 1e-2
 _THREADS = (1, 2)
 
@@ -62,6 +64,9 @@ class Entry:
         narrow: The inputs that have the dtype of the case; the others have that of sums.
         exponents: The inputs that an exponential is taken of.
         own_bits: Whether its compiled implementation promises bits that nothing else shows in.
+        pairs: Whether targets with products of bfloat16 pairs have bits of their own.
+        off_logits: ``(problem, size, seed)``: puts logits that are no input off by up to a size,
+            with inputs that may have more columns.
     """
 
     operator: FlatOperator
@@ -70,6 +75,8 @@ class Entry:
     narrow: tuple[str, ...]
     exponents: tuple[str, ...] = ()
     own_bits: bool = True
+    pairs: bool = False
+    off_logits: Callable[[FlatProblem, float, int], FlatProblem] | None = None
 
 
 def _softmax(name: str, function: Callable[..., Any]) -> Entry:
@@ -88,6 +95,14 @@ ENTRIES: Mapping[str, Entry] = {
         ("logits",),
     ),
     "linear": Entry(LINEAR, linear.CASES, plain.linear, ("x", "w", "bias"), own_bits=False),
+    "linear_cross_entropy": Entry(
+        LINEAR_CROSS_ENTROPY,
+        linear_cross_entropy.CASES,
+        plain.linear_cross_entropy,
+        ("hidden", "weight", "bias"),
+        pairs=True,
+        off_logits=linear_cross_entropy.with_errors_of_logits,
+    ),
 }
 """The operators that are audited here, by name."""
 
@@ -158,7 +173,8 @@ def _checks(entry: Entry, case: FlatCase, implementation: str | None) -> Iterato
     yield compare("same bits twice", found, results(problem, implementation))
     chosen = implementation or next(iter(TABLE[entry.operator.name]))
     if entry.own_bits and chosen == "cpu":
-        yield from _same_bits(problem, found, implementation)
+        targets = not (entry.pairs and case.dtype == "bfloat16")
+        yield from _same_bits(problem, found, implementation, targets)
 
 
 def results(
@@ -181,8 +197,15 @@ def results(
         named = {n: x for n, x in zip(names, out, strict=True) if x is not None}
         if kind == "forward":
             known = {n: x if saved is None else saved(n, x) for n, x in named.items()}
+            # What the backward makes of the gradients that are kept is what counts.
+            named = {n: x for n, x in named.items() if n not in kept_gradients(operator)}
         found |= {n: x for n, x in named.items() if _is_needed(problem, n)}
     return found
+
+
+def kept_gradients(operator: FlatOperator) -> tuple[str, ...]:
+    """Return the names of the gradients that a forward pass may keep for the backward."""
+    return operator.residuals[len(operator.residuals) - operator.kept_gradients :]
 
 
 def result_names(operator: FlatOperator, kind: str) -> tuple[str, ...]:
@@ -199,18 +222,28 @@ def consult_flat(entry: Entry, problem: FlatProblem) -> Oracle:
     """Return the truth about a problem, and how far results may be from it."""
     operator, stored = problem.operator, dtype_of(problem.case.dtype)
     wide, exact = compute_dtype(stored), problem.mapped(_exactly)
-    truth = {n: x for n, x in results(exact, "reference").items() if n not in operator.residuals}
+    residuals = set(operator.residuals) - set(kept_gradients(operator))
+    passive = operator.outputs[operator.active_outputs :]
+    truth = {
+        n: x
+        for n, x in results(exact, "reference").items()
+        if n not in residuals and n not in passive
+    }
     straight = _straightforward(entry, problem.mapped(lambda n, x: _in_dtype(x, wide)))
     # In float64 one rounding would not show: many are taken, and their effect is divided.
     times = 2.0**16 if stored == np.float64 else 1.0
-    moved = _moved(entry, exact, times * unit_roundoff(wide))
+    # Of 20 errors the root mean square is sure to a sixth, of 5 to a third.
+    fewest = min([x.size for x in truth.values() if x.size], default=_ERRORS)
+    draws = max(_DRAWS, -(-_ERRORS // fewest))
+    moved = _moved(entry, exact, times * unit_roundoff(wide), draws)
     dtypes = {name: _dtype(problem, name, stored, wide) for name in truth}
     plain, noise, vague = {}, {}, set()
     for name, value in truth.items():
         plain[name] = _error(round_to(straight[name], dtypes[name]), value, name)
         # Two standard deviations: the errors of single numbers are luck.
-        draws = [_error(other[name], value, name) / times for other in moved]
-        size = 2 * math.sqrt(sum([draw**2 for draw in draws]) / len(draws))
+        columns = tuple([slice(n) for n in value.shape])
+        errors = [_error(other[name][columns], value, name) / times for other in moved]
+        size = 2 * math.sqrt(sum([error**2 for error in errors]) / draws)
         if size > _NOISE_CAP:
             vague.add(name)
         lost = _lost(value, dtypes[name])
@@ -265,7 +298,7 @@ def _straightforward(entry: Entry, problem: FlatProblem) -> Results:
     return {name: array_of(t) for name, t in found.items()}
 
 
-def _moved(entry: Entry, exact: FlatProblem, unit: float) -> list[Results]:
+def _moved(entry: Entry, exact: FlatProblem, unit: float, draws: int) -> list[Results]:
     """Return exact results at inputs that rounding could not tell from the true ones.
 
     Each number is off by up to two roundings, its own and that of what is done with it first; of
@@ -288,11 +321,15 @@ def _moved(entry: Entry, exact: FlatProblem, unit: float) -> list[Results]:
             return off(x, 2 * x, 0) if x.dtype.kind == "f" else x
 
         def saved(name: str, x: Array) -> Array:
-            return off(x, 0, 4) if name in exact.operator.residuals else x
+            kept = kept_gradients(exact.operator)
+            return off(x, 0, 4) if name in exact.operator.residuals and name not in kept else x
 
-        return results(exact.mapped(move), "reference", saved)
+        moved = exact.mapped(move)
+        if entry.off_logits is not None:
+            moved = entry.off_logits(moved, 4 * unit, seed)
+        return results(moved, "reference", saved)
 
-    return [of(seed) for seed in range(_DRAWS)]
+    return [of(seed) for seed in range(draws)]
 
 
 def _distance(name: str, exact: FlatProblem) -> Array | float:
@@ -311,7 +348,9 @@ def _distance(name: str, exact: FlatProblem) -> Array | float:
     return np.where(np.isfinite(x), top - x, 0.0)
 
 
-def _same_bits(problem: FlatProblem, found: Results, implementation: str | None) -> Iterator[Check]:
+def _same_bits(
+    problem: FlatProblem, found: Results, implementation: str | None, targets: bool
+) -> Iterator[Check]:
     """Check that neither threads, nor targets, nor what else is in the batch show in the bits."""
     core: Any = import_module("tilewise._core")
     threads, target = core.num_threads(), core.target()
@@ -320,7 +359,7 @@ def _same_bits(problem: FlatProblem, found: Results, implementation: str | None)
             core.set_num_threads(count)
             yield compare(f"same bits on {count} threads", found, results(problem, implementation))
         core.set_num_threads(threads)
-        for name in core.targets():
+        for name in core.targets() if targets else ():
             core.set_target(name)
             yield compare(f"same bits on {name}", found, results(problem, implementation))
     finally:

@@ -14,7 +14,14 @@ import numpy as np
 
 from .tensors import tensor_of
 
-__all__ = ["cross_entropy", "linear", "log_softmax", "logsumexp", "softmax"]
+__all__ = [
+    "cross_entropy",
+    "linear",
+    "linear_cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "softmax",
+]
 
 Given = Mapping[str, Any]
 Tensors = tuple[Any, ...]
@@ -63,6 +70,21 @@ def cross_entropy(given: Given, logits: Any, probabilities: Any = None) -> Tenso
     if given["reduction"] != "none":
         loss, z_loss = loss.sum() / count, z_loss.sum() / count
     return loss, lse, z_loss
+
+
+def linear_cross_entropy(given: Given, hidden: Any, weight: Any, bias: Any = None) -> Tensors:
+    """Return loss, lse and entropy."""
+    import torch
+
+    (z,) = linear(given, hidden, weight, bias)
+    rows = {**given, "targets": given["targets"][:, None]}
+    if "class_weight" in given:
+        rows["weight"] = given["class_weight"]
+    loss, lse, _ = cross_entropy(rows, z[:, :, None])
+    s = z if given["softcap"] is None else _capped(z, given["softcap"])
+    log_p = torch.log_softmax(s, 1)
+    loss = loss[:, 0] if given["reduction"] == "none" else loss
+    return loss, lse[:, 0], -(log_p.exp() * log_p).sum(1)
 
 
 def _logits(given: Given, x: Any, sink: Any) -> tuple[Any, Any, Any]:

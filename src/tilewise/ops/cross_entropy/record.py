@@ -189,5 +189,6 @@ FLAT = FlatOperator(
     jvp=_jvp,
     vjp_jvp=_vjp_jvp,
     output_tangents=False,
+    read_outputs=(),
     read_inputs=("targets", "weight"),
 )

@@ -223,7 +223,8 @@ def _row(call: EntropyCall, stats: EntropyStats) -> _Row:
     far = np.where(absent, 0.0, log_l[:, None] + (m[:, None] - s))
     slope, bend = np.ones_like(s), np.zeros_like(s)
     if cap is not None:
-        slope = 1 - (s / cap) ** 2
+        # 1 - tanh^2, without the difference.
+        slope = np.cosh(call.logits.astype(np.float64) / cap) ** -2.0
         bend = -2 * s / cap**2 * slope
     kept = alive & call.kept
     t = np.where(kept[:, None], _weights(call), 0.0)

@@ -103,4 +103,6 @@ FLAT = FlatOperator(
     vjp=_vjp,
     jvp=_jvp,
     vjp_jvp=_vjp_jvp,
+    output_tangents=False,
+    read_outputs=(),
 )

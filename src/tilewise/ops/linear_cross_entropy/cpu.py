@@ -40,7 +40,7 @@ def forward(call: LossCall, want: Want) -> LossOutputs:
     kept = _forward(call, want, call.kept)
     rest = _forward(call, replace(want, gradients=None), ~call.kept)
     stats = (np.where(call.kept, a, b) for a, b in zip(kept.stats, rest.stats, strict=True))
-    rows = {
+    rows: dict[str, Any] = {
         name: np.where(call.kept, getattr(kept, name), getattr(rest, name))
         for name in ("entropy", "argmax", "picked", "mass")
         if getattr(kept, name) is not None
@@ -77,8 +77,13 @@ def _forward(call: LossCall, want: Want, keep: NDArray[np.bool_] | None) -> Loss
 def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) -> LossGrads:
     """Compute the gradients that are needed."""
     at = _Tokens(call, reached(call, cotangents))
-    grads = at.gradients(needed)
+    accumulator = cotangents.accumulator
+    grads = at.gradients(needed if accumulator is None else replace(needed, weight=False))
     given = {**at.cotangents(cotangents), **grads._asdict()}
+    if accumulator is not None and needed.weight:
+        given |= {"dweight": accumulator, "accumulate_dweight": True}
+    stats, entropy = cotangents.stats, cotangents.entropy
+    given |= {"m": at.take(stats.m), "log_l": at.take(stats.log_l), "entropy": at.take(entropy)}
     given["gradient_filter"] = call.gradient_filter
     at.run(_core.linear_cross_entropy_vjp, given)
     return at.whole(grads)
@@ -87,10 +92,10 @@ def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) 
 def jvp(call: LossCall, tangents: TangentCall) -> RowTangents:
     """Compute the tangents of the results."""
     at = _Tokens(call, None if tangents.ignored else call.kept)
-    tloss, tlse, given = at.rows(), at.rows(), {**at.tangents(tangents), **at.saved(tangents.stats)}
+    tloss, tlse = at.rows(), at.rows()
     tentropy = None if tangents.entropy is None else at.rows()
-    given |= {"entropy": at.take(tangents.entropy), "tentropy": tentropy}
-    at.run(_core.linear_cross_entropy_jvp, {**given, "tloss": tloss, "tlse": tlse})
+    given = {**at.tangents(tangents), "tloss": tloss, "tlse": tlse, "tentropy": tentropy}
+    at.run(_core.linear_cross_entropy_jvp, given)
     return RowTangents(at.back(tloss), at.back(tlse), at.maybe(tentropy))
 
 
@@ -165,24 +170,19 @@ class _Tokens:
             return grads
         return grads._replace(dhidden=self.back(grads.dhidden))
 
-    def saved(self, stats: LossStats) -> dict[str, Array | None]:
-        """Return row statistics as a kernel takes them."""
-        return {"m": self.take(stats.m), "log_l": self.take(stats.log_l)}
-
     def cotangents(self, given: CotangentCall) -> dict[str, Array | None]:
-        """Return cotangents and row statistics as a kernel takes them."""
+        """Return cotangents as a kernel takes them."""
         return {
-            **self.saved(given.stats),
             "mass": self.take(given.mass),
-            "entropy": self.take(given.entropy),
             "g": self.take(given.dloss),
             "g_lse": self.take(given.dlse),
             "g_entropy": self.take(given.dentropy),
         }
 
     def tangents(self, given: TangentCall) -> dict[str, Array | None]:
-        """Return tangents of the inputs as a kernel takes them."""
+        """Return tangents of the inputs, and the maxima, as a kernel takes them."""
         return {
+            "m": self.take(given.stats.m),
             "thidden": self.take(given.thidden),
             "tweight": given.tweight,
             "tbias": given.tbias,
@@ -192,7 +192,8 @@ class _Tokens:
         """Call a kernel with the inputs, the options and other arrays."""
         call = self.call
         if call.tokens == 0:
-            for name in self._OF_CLASSES & arrays.keys():
+            added = {"dweight"} if arrays.get("accumulate_dweight") else set[str]()
+            for name in (self._OF_CLASSES & arrays.keys()) - added:
                 if arrays[name] is not None:
                     arrays[name][...] = 0
             return

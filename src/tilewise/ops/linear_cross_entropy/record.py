@@ -42,6 +42,9 @@ OPTIONS = (
 )
 """The options of a call; beside them are "lse" and "entropy", whether these are asked for."""
 
+PART = ("first_class", "classes")
+"""The options of a call for a part of the classes; without them it is for all."""
+
 _GRADIENTS = {"dhidden": "hidden", "dweight": "weight", "dbias": "bias"}
 
 
@@ -81,6 +84,7 @@ def prepare_flat(inputs: Sequence[Array | None], options: Mapping[str, Any]) -> 
     """Validate a call."""
     hidden, weight, bias, targets, class_weight = inputs
     given = {name: options[name] for name in OPTIONS}
+    given |= {name: options[name] for name in PART if name in options}
     call = prepare(hidden, weight, targets, bias=bias, class_weight=class_weight, **given)
     return FlatCall(**vars(call), lse=options["lse"], entropy=options["entropy"])
 
@@ -123,7 +127,7 @@ def vjp(
             # The function of the forward pass, so that gradients that were kept have equal bits.
             grads = chosen.forward(call, Want(ignored=False, gradients=wanted)).grads
         return tuple([_times(grad, dloss) for grad in grads])
-    given = _cotangents(chosen, call, (dloss, dlse, dentropy), outputs, residuals)
+    given = cotangent_call(chosen, call, (dloss, dlse, dentropy), outputs, residuals)
     return tuple(chosen.vjp(call, given, wanted))
 
 
@@ -159,7 +163,7 @@ def vjp_jvp(
     assert chosen.vjp_jvp is not None
     tdloss, tdlse, tdentropy = (_some(a) for a in cotangent_tangents)
     second = SecondCall(
-        _cotangents(chosen, call, cotangents, outputs, residuals),
+        cotangent_call(chosen, call, cotangents, outputs, residuals),
         _tangents(chosen, call, tangents, outputs, residuals),
         tdloss if chosen.reduces else call.spread(tdloss),
         tdlse,
@@ -168,13 +172,14 @@ def vjp_jvp(
     return tuple(chosen.vjp_jvp(call, second, Needed(*needed)))
 
 
-def _cotangents(
+def cotangent_call(
     chosen: Implementation,
     call: FlatCall,
     cotangents: Arrays,
     outputs: Arrays,
     residuals: Sequence[Any],
 ) -> CotangentCall:
+    """Return the cotangents of a call as implementations take them."""
     dloss, dlse, dentropy = (_some(a) for a in cotangents)
     if not chosen.reduces:
         dloss = call.spread(dloss)
@@ -229,6 +234,7 @@ FLAT = FlatOperator(
     jvp=jvp,
     vjp_jvp=vjp_jvp,
     output_tangents=False,
+    read_outputs=("entropy",),
     dtypes={"argmax": "int64", **_GRADIENTS},
     kept_gradients=len(_GRADIENTS),
     joins=joins_gradients,

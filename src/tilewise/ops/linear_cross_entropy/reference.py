@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,12 @@ def forward(call: LossCall, want: Want) -> LossOutputs:
 
 def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) -> LossGrads:
     """Compute the gradients in float64 and round those that are needed."""
-    return _rounded(call, vjp64(call, cotangents), needed)
+    exact, into = vjp64(call, cotangents), cotangents.accumulator
+    if into is not None and needed.weight:
+        assert exact.dweight is not None
+        into[...] = round_to(into.astype(np.float64) + exact.dweight, into.dtype)
+    shown = needed if into is None else replace(needed, weight=False)
+    return _rounded(call, exact, shown)
 
 
 def jvp(call: LossCall, tangents: TangentCall) -> RowTangents:
@@ -182,6 +188,7 @@ class _Logits(NamedTuple):
     hidden: F64  # (T, C)
     weight: F64  # (V, C)
     s: F64  # (T, V)
+    slope: F64  # (T, V) derivative of s by z
 
 
 class _Row(NamedTuple):
@@ -212,12 +219,11 @@ def _logits(call: LossCall) -> _Logits:
     z = hidden @ weight.T
     if call.bias is not None:
         z += call.bias.astype(np.float64)
-    return _Logits(hidden, weight, z if call.softcap is None else _capped(z, call.softcap))
-
-
-def _capped(z: F64, softcap: float) -> F64:
-    s: F64 = softcap * np.tanh(z / softcap)
-    return s
+    if call.softcap is None:
+        return _Logits(hidden, weight, z, np.ones_like(z))
+    u = z / call.softcap
+    # The slope is 1 - tanh^2, without the difference.
+    return _Logits(hidden, weight, call.softcap * np.tanh(u), np.cosh(u) ** -2.0)
 
 
 def _targets(call: LossCall) -> tuple[F64, F64]:
@@ -243,7 +249,7 @@ def _weighted(weights: F64, values: F64) -> F64:
 
 def _row(call: LossCall, stats: LossStats, *cotangents: CotangentCall | SecondCall) -> _Row:
     """Return the rows, with those cut out that no cotangent reaches, where cotangents are given."""
-    hidden, weight, s = _logits(call)
+    hidden, weight, s, slope = _logits(call)
     t, A = _targets(call)
     if cotangents and isinstance(cotangents[0], CotangentCall):
         A = A if cotangents[0].mass is None else cotangents[0].mass.astype(np.float64)
@@ -252,7 +258,6 @@ def _row(call: LossCall, stats: LossStats, *cotangents: CotangentCall | SecondCa
     log_p = (s - m[:, None]) - log_l[:, None]
     p = np.exp(log_p)
     surprise = np.where(p == 0, 0.0, p * (log_p - _weighted(p, log_p)[:, None]))
-    slope = np.ones_like(s) if call.softcap is None else 1 - (s / call.softcap) ** 2
     keep = live[:, None]
     return _Row(
         hidden=np.where(keep, hidden, 0.0),

@@ -199,6 +199,7 @@ def _flat(name: str, kind: Kind) -> FlatOperator:
         jvp=functions.jvp,
         vjp_jvp=functions.vjp_jvp,
         output_tangents=False,
+        read_outputs=(),
         jvp_jvp=functions.jvp_jvp,
         read_inputs=("sink",),
     )

@@ -84,6 +84,7 @@ def _cases() -> Iterator[FlatCase]:
     for values in ("large", "range", "tiny", "ones", "outlier", "padded-rows"):
         yield _case(f"values/{values}", values=values)
     yield _case("values/range-softcap", values="range", softcap=30.0)
+    yield _case("values/large-softcap", values="large", softcap=30.0)
     for values in ("nan", "inf"):
         yield _case(f"rare/{values}", values=values)
     yield _case("zero/lse-alone", cotangents=("lse",))

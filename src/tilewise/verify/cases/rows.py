@@ -73,9 +73,10 @@ class FlatCase:
         inputs = {n: as_stored(x, stored if n in narrow else wide) for n, x in drawn.items()}
         active = operator.inputs[: operator.active_inputs]
         shapes = operator.shapes([_shape(inputs.get(n)) for n in operator.inputs], self.options)
+        active_outputs = operator.outputs[: operator.active_outputs]
         arrays = dict(inputs)
         for prefix in ("d", "td"):
-            for n, (name, shape) in enumerate(zip(operator.outputs, shapes, strict=False)):
+            for n, (name, shape) in enumerate(zip(active_outputs, shapes, strict=False)):
                 dtype = stored if n < operator.narrow_outputs else wide
                 made = as_stored(rng.standard_normal(shape), dtype)
                 if self.cotangents is None or name in self.cotangents:

@@ -260,12 +260,14 @@ def jvp_jvp64(call: AttentionCall, second: ForwardSecondCall) -> OutputTangents:
              - wlse o - tlse uo
 
     Args:
-        call: The validated call, not of packed sequences.
+        call: The validated call.
         second: Validated tangents, with the output and the statistics of the forward pass.
 
     Returns:
         Unrounded; the first is a `(B, H, N, Dv)` view in the layout of the call.
     """
+    if call.sequences is not None:
+        return packed.jvp_jvp(call, second, jvp_jvp64)
     wo, wlse = _empty(call, call.H, call.N, call.Dv), np.empty((call.B, call.H, call.N))
     moves = second.tangents, second.others, second.seconds
     for b, h in np.ndindex(call.B, call.H):

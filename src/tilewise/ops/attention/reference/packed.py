@@ -15,6 +15,7 @@ from tilewise.ops.attention.spec import (
     AttentionGrads,
     AttentionOutputs,
     CotangentCall,
+    ForwardSecondCall,
     OutputTangents,
     RowStats,
     SecondCall,
@@ -87,11 +88,23 @@ def jvp(
     run: Callable[[AttentionCall, TangentCall], OutputTangents],
 ) -> OutputTangents:
     """Return the tangents of all sequences."""
-    to, tlse = _empty(call.N, call.H, call.Dv), np.empty((1, call.H, call.N))
-    for part, queries, keys in parts(call):
-        found = run(part, _tangents(tangents, queries, keys))
-        to[:, :, queries], tlse[:, :, queries] = found
-    return OutputTangents(to, tlse)
+    return _output_tangents(
+        call, lambda part, queries, keys: run(part, _tangents(tangents, queries, keys))
+    )
+
+
+def jvp_jvp(
+    call: AttentionCall,
+    second: ForwardSecondCall,
+    run: Callable[[AttentionCall, ForwardSecondCall], OutputTangents],
+) -> OutputTangents:
+    """Return the tangents of the output tangents of all sequences."""
+    moves = second.tangents, second.others, second.seconds
+
+    def of_part(part: AttentionCall, queries: slice, keys: slice) -> OutputTangents:
+        return run(part, ForwardSecondCall(*(_tangents(x, queries, keys) for x in moves)))
+
+    return _output_tangents(call, of_part)
 
 
 def vjp_jvp(
@@ -113,6 +126,15 @@ def vjp_jvp(
         return run(part, given)
 
     return _gradients(call, of_part)
+
+
+def _output_tangents(
+    call: AttentionCall, of_part: Callable[[AttentionCall, slice, slice], OutputTangents]
+) -> OutputTangents:
+    to, tlse = _empty(call.N, call.H, call.Dv), np.empty((1, call.H, call.N))
+    for part, queries, keys in parts(call):
+        to[:, :, queries], tlse[:, :, queries] = of_part(part, queries, keys)
+    return OutputTangents(to, tlse)
 
 
 def _gradients(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .arguments import (
+    CLASSES,
+    FIRST_CLASS,
     GRADIENT_FILTER,
     IGNORE_INDEX,
     LABEL_SMOOTHING,
@@ -42,6 +44,8 @@ ALL_NEEDED = Needed()
 
 __all__ = [
     "ALL_NEEDED",
+    "CLASSES",
+    "FIRST_CLASS",
     "GRADIENT_FILTER",
     "IGNORE_INDEX",
     "LABEL_SMOOTHING",

@@ -216,6 +216,8 @@ class CotangentCall:
         stats: Row statistics, of all parts where the call is one part of the classes.
         entropy: `(T,)`. The entropy, needed with dentropy.
         mass: `(T,)`. Sum of the target's weights over all parts where the call is one part.
+        accumulator: `(V, C)`, dtype of weight or of sums. The gradient by weight, where that is
+            needed, is added to it and not returned; None returns it.
     """
 
     dloss: Array | None
@@ -224,6 +226,7 @@ class CotangentCall:
     stats: LossStats
     entropy: Array | None = None
     mass: Array | None = None
+    accumulator: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

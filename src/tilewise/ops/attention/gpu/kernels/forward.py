@@ -9,6 +9,7 @@ from tilewise.shared.triton_math import (
     LOG2E,
     any_not_finite,
     load_rows,
+    natural,
     number,
     rows_times_rows,
     softmax_step,
@@ -301,7 +302,7 @@ def attention_fwd_kernel(
     row = at.to(tl.int64) * N + i
     if MAX_LOGIT:
         # Maxima may pass over NaN, sums do not.
-        top = tl.where((l != l) & (m != INF), l, m * LN2)
+        top = tl.where((l != l) & (m != INF), l, natural(m))
         tl.store(max_logit + row, top, mask=inside)
     if SINKS:
         z = tl.load(sinks + h).to(dtype) * LOG2E
@@ -321,7 +322,7 @@ def attention_fwd_kernel(
     tl.store(m_out + row, m, mask=inside)
     tl.store(log_l_out + row, log_l, mask=inside)
     if LSE:
-        tl.store(lse + row, m * LN2 + log_l, mask=inside)
+        tl.store(lse + row, natural(m) + log_l, mask=inside)
     if ENTROPY:
         value = tl.where(alive, log_l - LN2 * (entropy / l), 0.0)
         tl.store(entropy_out + row, value, mask=inside)

@@ -8,7 +8,7 @@ or as `[1, BM]` and `[BN, 1]`.
 import triton
 import triton.language as tl
 
-from tilewise.shared.triton_math import INF, LOG2E, number, philox_tile, tanh
+from tilewise.shared.triton_math import INF, LOG2E, lowest, number, philox_tile, tanh
 
 EVERYTHING = tl.constexpr(0)
 INTERVALS = tl.constexpr(1)
@@ -207,11 +207,7 @@ def logits(
         added = load_bias(bias, i, j, bias_stride_n, bias_stride_k, N, Nk).to(dtype)
         s += added * LOG2E
         # A finite bias as low as the lowest number must not become -inf: it would count as masked.
-        if dtype == tl.float64:
-            lowest = number(-1.7976931348623157e308, dtype)
-        else:
-            lowest = number(-3.4028234663852886e38, dtype)
-        s = tl.where((s < lowest) & (added != -INF), lowest, s)
+        s = tl.where((s < lowest(dtype)) & (added != -INF), lowest(dtype), s)
     return s, t, derivative
 
 

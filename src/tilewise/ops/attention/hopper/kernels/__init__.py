@@ -1,0 +1,1 @@
+"""The Gluon kernels of attention on Hopper."""
