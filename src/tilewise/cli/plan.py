@@ -29,11 +29,12 @@ _HEAD = f"| kernel | {_COLUMNS} |\n|---|{'---:|' * 5}---|"
 _PAGE = """\
 # What the GPU kernels need
 
-Registers, spills, shared memory and matrix instructions of each kernel that the GPU implementations
-launch, as Triton {triton} compiles them. No GPU took part: this says that they fit, not how fast
-they are, and no time of theirs has been measured. Spills are bytes that each thread stores and
-loads for lack of registers; programs is how many a multiprocessor holds at once. Where warps are
-specialised, the registers are those at the start: the consumers take 240 each later on.
+Registers, spills, shared memory and matrix instructions of kernels that the GPU implementations
+launch, as Triton {triton} compiles them; of those that are not listed nothing is known. No GPU took
+part: this says what they need, not how fast they are, and no time of theirs has been measured.
+Spills are bytes that each thread stores and loads for lack of registers; programs is how many a
+multiprocessor holds at once. Where warps are specialised, the registers are those at the start: the
+consumers take 240 each later on.
 
 `tilewise plan --write docs/gpu-resources.md` made this page, and `tilewise plan --check
 docs/gpu-resources.md` compares it with what the compiler says now.
