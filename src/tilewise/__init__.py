@@ -105,7 +105,7 @@ def attention_varlen(
     """Compute softmax attention of packed sequences with the frontend of the arrays' own type.
 
     Args:
-        q: `(total_q, H, D)`. A NumPy array or a PyTorch tensor.
+        q: `(total_q, H, D)`. An array of NumPy or JAX, or a PyTorch tensor.
         k: `(total_k, Hk, D)`, dtype of q. Hk must divide H.
         v: `(total_k, Hk, Dv)`, dtype of q.
         cu_seqlens_q: `(S + 1,)` integers, ascending from 0 to total_q: sequence s has the queries
@@ -120,8 +120,6 @@ def attention_varlen(
         TypeError: No frontend knows the type of q.
     """
     frontend = _frontend("attention_varlen", q)
-    if not hasattr(frontend, "attention_varlen"):
-        raise unsupported("attention_varlen", "JAX has no packed sequences; tilewise.documents has")
     return frontend.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
 
 
