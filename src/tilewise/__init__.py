@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .base.errors import Unsupported, type_error, unsupported, value_error
+from .base.errors import Unsupported, type_error, value_error
 from .base.masks import (
     Mask,
     causal,
