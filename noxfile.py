@@ -14,6 +14,15 @@ nox.options.reuse_existing_virtualenvs = True
 PYTHONS = ["3.11", "3.12", "3.13"]
 MARK = "pytest.mark.sanitize"
 PORTABLE = ("-C", "cmake.define.TILEWISE_PORTABLE=ON")  # the soonest built
+ADDRESS = (
+    "address,undefined",
+    "libasan.so",
+    {
+        # The interpreter itself keeps memory until it exits: leaks there are not ours.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    },
+)
 
 
 def install(session: nox.Session, *what: str) -> None:
@@ -79,17 +88,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def asan(session: nox.Session) -> None:
-    """The compiled core under the address and undefined-behaviour sanitizers."""
-    sanitized(
-        session,
-        "address,undefined",
-        "libasan.so",
-        {
-            # The interpreter itself keeps memory until it exits: leaks there are not ours.
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
-            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        },
-    )
+    """The portable kernels under the address and undefined-behaviour sanitizers."""
+    sanitized(session, *ADDRESS, PORTABLE)
+
+
+@nox.session
+def asan_all(session: nox.Session) -> None:
+    """The kernels of every target under those sanitizers, which take long to compile."""
+    sanitized(session, *ADDRESS)
 
 
 @nox.session
