@@ -90,19 +90,23 @@ def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
 
 
 def planned(arch: str) -> Iterator[Compilation]:
-    """List what is compiled without a GPU: each pass, with row intervals and without a mask.
+    """List what is compiled without a GPU: for each pass, the usual options, and all at once.
 
     Args:
         arch: "sm_80", "sm_90", "sm_100" or "gfx942".
     """
-    first = ("fwd", "dq", "dkv")
-    # Second derivatives are given tiles by what fits on Hopper.
-    passes = (*first, "jvp", "second_dq", "second_dkv") if arch == "sm_90" else first
+    causal, every = {"MASK": 1}, dict.fromkeys(_OPTIONS, True) | {"MASK": 1}
+    passes = ("fwd", "dq", "dkv", "jvp", "second_dq", "second_dkv")
     for D in (64, 128):
         for kind in passes:
-            yield _compilation(kind, D, "bfloat16", arch, {"MASK": 1})
-    for kind in first:
+            yield _compilation(kind, D, "bfloat16", arch, causal)
+    for kind in ("fwd", "dq", "dkv"):
         yield _compilation(kind, 64, "bfloat16", arch, {})
+        yield _compilation(kind, 64, "float16", arch, causal)
+        yield _compilation(kind, 64, "float32", arch, causal)
+    for kind in (*passes, "dbias"):
+        yield _compilation(kind, 64, "bfloat16", arch, every)
+    yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
     for kind in ("bounds", "delta", "dsinks"):
         yield _compilation(kind, 64, "bfloat16", arch, {})
 
