@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -159,3 +160,23 @@ def test_numbers_computed_from_stand_ins_are_an_error() -> None:
 def test_the_frontend_imports_no_kernels() -> None:
     code = "import sys, tilewise.torch; sys.exit('tilewise.ops.attention.gpu' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name, argument", [("softmax", "x"), ("cross_entropy", "logits")])
+def test_kernels_of_a_gpu_refuse_tensors_of_the_cpu_by_the_name_of_the_argument(
+    name: str, argument: str
+) -> None:
+    script = f"""
+import torch, tilewise as tw
+given = {{"softmax": (-1,), "cross_entropy": (torch.tensor([0, 1, 2]),)}}
+try:
+    getattr(tw.torch, {name!r})(torch.ones(3, 4), *given[{name!r}], implementation="triton")
+except tw.Unsupported as error:
+    print(error)
+"""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
+    wanted = f"{name}: implementation 'triton': computes on a GPU, got {argument} on cpu\n"
+    assert done.stdout == wanted

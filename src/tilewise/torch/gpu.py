@@ -64,7 +64,7 @@ def run(
         tensors: Its flat arguments, with trailing inputs of a forward pass perhaps left out.
     """
     first = tensors[operator.first[kind]]
-    name = _chosen(operator.name, options["implementation"], first)
+    name = _chosen(operator, options["implementation"], first)
     given = [None if t is None else _readable(t) for t in tensors]
     if operator.orders:
         given = [None if t is None else t.contiguous() for t in given]
@@ -208,22 +208,23 @@ def _unfolded(tensor: Any, leading: Sequence[int]) -> Any:
     return tensor.reshape(*leading, -1, *tensor.shape[1:])
 
 
-def _chosen(operator: str, implementation: str | None, first: Any) -> str:
+def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> str:
     """Return the name of the implementation that a call on a device gets, or raise."""
     if first.is_cpu:
         assert implementation is not None
-        if not device_implementation(operator, implementation).interprets:
-            reason = f"computes on a GPU, got q on {first.device}"
-            raise unsupported(operator, f"implementation {implementation!r}: {reason}")
+        if not device_implementation(operator.name, implementation).interprets:
+            reason = f"computes on a GPU, got {operator.inputs[0]} on {first.device}"
+            raise unsupported(operator.name, f"implementation {implementation!r}: {reason}")
         return implementation
-    names = [name for name in TABLE[operator] if name in DEVICE]
+    names = [name for name in TABLE[operator.name] if name in DEVICE]
     if implementation is None:
         if not names:
-            raise unsupported(operator, f"there is no implementation for device {first.device} yet")
+            reason = f"there is no implementation for device {first.device} yet"
+            raise unsupported(operator.name, reason)
         return names[0]
-    if implementation in TABLE[operator] and implementation not in DEVICE:
-        reason = f"computes on the CPU, got a tensor on {first.device}"
-        raise unsupported(operator, f"implementation {implementation!r}: {reason}")
+    if implementation in TABLE[operator.name] and implementation not in DEVICE:
+        reason = f"computes on the CPU, got {operator.inputs[0]} on {first.device}"
+        raise unsupported(operator.name, f"implementation {implementation!r}: {reason}")
     return implementation
 
 
