@@ -12,11 +12,11 @@ struct Function {
 
 static Launched launched;
 static char failing[64];
-static int capability = 90, loads, waits, pushed, context_tag;
+static int capability = 90, loads, waits, pushed, contexts[4], current;
 
 void stand_in_launched(Launched function) { launched = function; }
 void stand_in_failing(const char* name) { snprintf(failing, sizeof failing, "%s", name); }
-void stand_in_capability(int number) { capability = number; }
+void stand_in_board(int context, int number) { current = context, capability = number; }
 int stand_in_loads(void) { return loads; }
 int stand_in_waits(void) { return waits; }
 int stand_in_pushed(void) { return pushed; }
@@ -33,20 +33,21 @@ int cuGetErrorString(int error, const char** text) {
 }
 int cuStreamGetCtx(void* stream, void** context) {
   (void)stream;
-  *context = &context_tag;
+  *context = &contexts[current];
   return status("cuStreamGetCtx");
 }
 int cuCtxGetCurrent(void** context) {
-  *context = strcmp(failing, "no context") == 0 ? NULL : &context_tag;
+  *context = strcmp(failing, "no context") == 0 ? NULL : &contexts[current];
   return status("cuCtxGetCurrent");
 }
 int cuCtxPushCurrent_v2(void* context) {
   (void)context;
+  if (status("cuCtxPushCurrent")) return 700;
   pushed++;
-  return status("cuCtxPushCurrent");
+  return 0;
 }
 int cuCtxPopCurrent_v2(void** context) {
-  *context = &context_tag;
+  *context = &contexts[current];
   pushed--;
   return 0;
 }

@@ -33,7 +33,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield module.started(tmp_path_factory.mktemp("driver"), patch)
 
 
-SHAPES = ((2, 4, 11, 5), (2, 2, 13, 5), (2, 2, 13, 3))
+SHAPES = ((2, 2, 11, 5), (2, 1, 13, 5), (2, 1, 13, 3))
 
 
 def inputs(dtype: Any = np.float64, shapes: Any = SHAPES) -> list[Any]:
@@ -58,13 +58,13 @@ SEEN = np.arange(11)[:, None] % 3 >= np.arange(13) % 4
 IDS = np.array([[0] * 4 + [1] * 9, [0] * 7 + [1] * 6])
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"mask": tw.causal(), "softcap": 1.7},
-    "bits": {"mask": SEEN, "sinks": np.linspace(-1, 1, 4), "layout": "bnhd"},
-    "bias": {"bias": np.linspace(-2, 1, 4 * 11).reshape(4, 11, 1), "softmax_scale": 0.3},
+    "bits": {"mask": SEEN, "sinks": np.linspace(-1, 1, 2), "layout": "bnhd"},
+    "bias": {"bias": np.linspace(-2, 1, 2 * 11).reshape(2, 11, 1), "softmax_scale": 0.3},
     "lengths": {
         "mask": tw.lengths([13, 4], query_lengths=[11, 9]) & tw.causal(),
         "dropout_p": 0.3,
         "seed": 2**63 + 9,
-        "alibi_slopes": np.linspace(0.1, 0.4, 4),
+        "alibi_slopes": np.linspace(0.1, 0.4, 2),
     },
 }
 
@@ -96,7 +96,7 @@ MASKS = {
     "ids": tw.documents(ids=IDS[:, :11], ids_k=IDS),
     "boundaries": tw.documents([0, 4, 11], cu_seqlens_k=[0, 6, 13]),
     "keys": np.arange(13) % 5 != 2,
-    "heads": np.arange(4 * 11 * 13).reshape(4, 11, 13) % 7 != 3,
+    "heads": np.arange(2 * 11 * 13).reshape(2, 11, 13) % 7 != 3,
     "prefixes": tw.causal(align="top_left") | tw.prefix([3, 0]),
 }
 
@@ -129,13 +129,13 @@ def test_seeds_are_read_when_the_program_runs(board: Any) -> None:
 
 
 def test_vmap(board: Any) -> None:
-    x = [jnp.stack([a, jnp.sin(a), 2 * a]) for a in inputs(np.float32)]
-    sinks = jnp.asarray(np.linspace(-2, 3, 12).reshape(3, 4), np.float32)
+    x = [jnp.stack([a[:1], jnp.sin(a[:1])]) for a in inputs(np.float32)]
+    sinks = jnp.asarray(np.linspace(-2, 3, 4).reshape(2, 2), np.float32)
 
     def derived(name: str) -> Any:
         joined = jax.vmap(attention(name, mask=tw.window(3, 2)))(*x)
         of = lambda q, sinks: attention(name, sinks=sinks)(q, x[1][0], x[2][0])
-        apart = jax.vmap(jax.grad(lambda *a: jnp.sum(jnp.sin(of(*a))), (0, 1)))(x[0], sinks)
+        apart = jax.vmap(jax.grad(lambda *a: jnp.sum(jnp.sin(of(*a))), 1))(x[0], sinks)
         return joined, apart, jax.vmap(of)(x[0][:0], sinks[:0])
 
     both(board, derived, 5e-6)
@@ -241,3 +241,108 @@ def test_gradients_of_a_loss_come_with_it(board: Any) -> None:
     before = len(board.programs)
     both(board, derived, 1e-5)
     assert len(board.programs) == before + 1
+
+
+def test_a_target_that_is_no_class_makes_the_loss_nan(board: Any) -> None:
+    x, weight = inputs(np.float32, [(3, 13), (17, 13)])
+    kept = jnp.asarray([0, 12, -100])
+    for y in (jnp.asarray([0, 13, -100]), jnp.asarray([0, -1, 5])):
+        each = tw.jax.cross_entropy(x, y, reduction="none", implementation="triton")
+        assert np.isnan(each).tolist() == [False, True, False]
+        assert np.isnan(tw.jax.cross_entropy(x, y, implementation="triton"))
+    loss = tw.jax.linear_cross_entropy
+    assert np.isnan(loss(x, weight, kept + 6, ignore_index=-94, implementation="triton"))
+    assert np.isfinite(loss(x, weight, kept, implementation="triton"))
+
+
+def test_modules_are_loaded_once_and_contexts_left_as_they_were(board: Any) -> None:
+    x = inputs(np.float32)
+    of = jax.jit(attention("triton", softmax_scale=0.77))
+    first = of(*x)
+    loads, launches = board.library.stand_in_loads(), len(board.launched)
+    assert np.array_equal(of(*x), first)
+    assert board.library.stand_in_loads() == loads and len(board.launched) == launches + 1
+    assert board.library.stand_in_pushed() == 0
+
+
+def test_launches_have_the_grid_of_the_plan_and_their_shared_memory(
+    board: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "shared", 99_000)
+    (x,) = inputs(np.float32, [(67, 2111)])
+    before = len(board.launched)
+    # The driver refuses more shared memory than it was told of.
+    tw.jax.logsumexp(x, 1, temperature=1.9, implementation="triton").block_until_ready()
+    assert board.launched[before:] == [("softmax_fwd_kernel", (67, 1, 1), 256, 99_000)]
+
+
+FAILURES = {
+    "cuLaunchKernel": "tilewise: cuLaunchKernel of softmax_fwd_kernel: CUDA_ERROR_ILLEGAL_ADDRESS "
+    r"\(an illegal memory access was encountered\)",
+    "cuModuleLoadData": "cuModuleLoadData of softmax_fwd_kernel: CUDA_ERROR_ILLEGAL_ADDRESS",
+    "cuModuleGetFunction": "cuModuleGetFunction of softmax_fwd_kernel: CUDA_ERROR_ILLEGAL",
+    "cuCtxPushCurrent": "the context cannot be made current: CUDA_ERROR_ILLEGAL_ADDRESS",
+    "no context": "there is no current context",
+}
+
+
+@pytest.mark.parametrize("failing", FAILURES)
+def test_failures_of_the_driver_are_told(board: Any, failing: str) -> None:
+    # Rows of other lengths have other code, which is not loaded yet.
+    x = jnp.ones((3, 5 << list(FAILURES).index(failing)), np.float32)
+    of = jax.jit(lambda x: tw.jax.softmax(x, implementation="triton"))
+    board.library.stand_in_failing(failing.encode())
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=FAILURES[failing]):
+            of(x).block_until_ready()
+    finally:
+        board.library.stand_in_failing(b"")
+    assert board.library.stand_in_pushed() == 0
+    np.testing.assert_allclose(of(x), 1 / x.shape[1], rtol=1e-6)
+
+
+def test_a_program_that_was_spoiled_is_refused(board: Any) -> None:
+    from tilewise.jax.execution import LAUNCHER
+
+    x = jnp.ones(3, np.float32)
+    tw.jax.softmax(x, implementation="triton")
+    good = board.programs[-1]
+    shapes = [jax.ShapeDtypeStruct((b.entries,), b.dtype) for b in good.results]
+
+    def run(numbers: Any, kernels: str = good.kernels) -> Any:
+        call = jax.ffi.ffi_call(LAUNCHER, shapes)
+        return call(x, numbers=np.asarray(numbers, np.int64), kernels=kernels, code=good.code)
+
+    assert np.asarray(run(good.numbers)[0]) == pytest.approx(1 / 3)
+    spoiled = {
+        "ends too soon": good.numbers[:-1],
+        "is longer than it says": [*good.numbers, 0],
+        "another version": [2, *good.numbers[1:]],
+        "has other buffers": [*good.numbers[:2], 99, *good.numbers[3:]],
+        "lacks code": [*good.numbers[:5], 10**6, *good.numbers[6:]],
+        "names what it does not have": [*good.numbers[:8], 7, *good.numbers[9:]],
+    }
+    for text, numbers in spoiled.items():
+        with pytest.raises(jax.errors.JaxRuntimeError, match=text):
+            jax.block_until_ready(run(numbers))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lacks code"):
+        jax.block_until_ready(run(good.numbers, "digest"))
+
+
+def test_code_for_another_architecture_is_refused(board: Any) -> None:
+    of = jax.jit(lambda x: tw.jax.softmax(x, implementation="triton"))
+    board.library.stand_in_board(1, 80)
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="for sm_90, and the GPU is sm_80"):
+            of(jnp.ones((2, 3), np.float32)).block_until_ready()
+    finally:
+        board.library.stand_in_board(0, 90)
+
+
+def test_a_driver_that_is_not_there_is_told() -> None:
+    from tilewise import _xla
+
+    with pytest.raises(RuntimeError, match="NVIDIA's driver cannot be opened: libmissing"):
+        _xla.open_driver("libmissing.so.1")
+    with pytest.raises(RuntimeError, match="NVIDIA's driver has no function cuGetErrorName"):
+        _xla.open_driver("libm.so.6")

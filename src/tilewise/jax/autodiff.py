@@ -400,8 +400,6 @@ def _vmap(arguments: Arrays, dims: Arrays, *, function: Function) -> tuple[list[
 
 
 def _lower(context: Any, *operands: Any, function: Function) -> Any:
-    if function.kind == FORWARD_TWICE and function.operator.jvp_jvp is None:
-        raise unsupported(function.name, "forward mode over forward mode is not provided")
     gpu.refuse_on_cpu(function)
     out = _program(context, operands, function, emit)
     call, shapes = out[0].owner, [a.shape for a in (*context.avals_in, *context.avals_out)]
@@ -419,6 +417,8 @@ def _lower_for_cuda(context: Any, *operands: Any, function: Function) -> Any:
 
 def _program(context: Any, operands: Arrays, function: Function, emit: Callable[..., Any]) -> Any:
     """Return the results of a function in the program that is being lowered."""
+    if function.kind == FORWARD_TWICE and function.operator.jvp_jvp is None:
+        raise unsupported(function.name, "forward mode over forward mode is not provided")
 
     def program(*given: Any) -> Any:
         scaled = _scaled(function, context.avals_out, given)

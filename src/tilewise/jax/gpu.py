@@ -162,6 +162,9 @@ class _Call:
         function, stage = self.function, self.stage
         operator = replace(function.operator, prepare=self._prepared)
         own = device_implementation(operator.name, _SERVED)
+        if getattr(own, function.kind) is None:
+            reason = "forward mode over forward mode is not provided for CUDA"
+            raise unsupported(operator.name, f"implementation {own.name!r}: {reason}")
         chosen = adapted(operator.name, own, Recorded, stage.tensor, stage.stand_in)
         stand_ins = [stage.stand_in(t) for t in self.tensors]
         with recorded(self.recording):
@@ -262,7 +265,7 @@ class _Call:
 
 
 def _check(function: Function) -> None:
-    """Raise where a function has no kernels, or they cannot be compiled here."""
+    """Raise where a function has no kernels, or programs cannot launch them."""
     options, name = function.parsed, function.parsed.get("implementation")
     if name not in (None, _SERVED):
         if name in TABLE[function.name] and name not in DEVICE:
@@ -277,16 +280,6 @@ def _check(function: Function) -> None:
         raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
     if not HANDLER:
         raise unsupported(function.name, f"programs for CUDA need the XLA handler, not {HOW}")
-    if find_spec("triton") is None:
-        reason = "needs the package triton, which is not installed, to lower for CUDA"
-        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
-    own = device_implementation(function.name, _SERVED)
-    if getattr(own, function.kind) is None:
-        reason = f"has no {function.kind}: forward mode over forward mode is not provided"
-        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
-    if own.interprets:
-        reason = "kernels are interpreted in this process; unset TRITON_INTERPRET"
-        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
 
 
 def _check_sizes(function: Function, arrays: Arrays) -> None:
@@ -296,6 +289,14 @@ def _check_sizes(function: Function, arrays: Arrays) -> None:
 
 
 def _encoder(operator: str, number: int) -> Encode:
+    """Return what compiles recordings for an architecture."""
+    prefix = f"implementation {_SERVED!r}: "
+    if find_spec("triton") is None:
+        reason = "needs the package triton, which is not installed, to lower for CUDA"
+        raise unsupported(operator, prefix + reason)
+    if device_implementation(operator, _SERVED).interprets:
+        reason = "kernels are interpreted in this process; unset TRITON_INTERPRET"
+        raise unsupported(operator, prefix + reason)
     from tilewise.shared.triton_programs import compiler, encoded
 
     return partial(encoded, number=number, compiled=compiler(number))
