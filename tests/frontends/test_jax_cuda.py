@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
-jax = pytest.importorskip("jax")
+jax = pytest.importorskip("jax", reason="JAX is not installed")
 pytest.importorskip("tilewise._xla")
 
-import jax.numpy as jnp
-import numpy as np
+import jax.numpy as jnp  # noqa: E402
 
-import tilewise as tw
-import tilewise.jax
-from tilewise import Unsupported
-from tilewise.jax import gpu
+import tilewise as tw  # noqa: E402
+import tilewise.jax  # noqa: E402
+from tilewise import Unsupported  # noqa: E402
+from tilewise.jax import gpu  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,8 +165,7 @@ def test_sizes_that_are_not_known_are_unsupported() -> None:
 @pytest.mark.usefixtures("written")
 def test_forward_mode_over_forward_mode_is_unsupported() -> None:
     def twice(x: Any) -> Any:
-        first = lambda x: jax.jvp(tw.jax.softmax, (x,), (x,))[1]
-        return jax.jvp(first, (x,), (x,))[1]
+        return jax.jvp(lambda x: jax.jvp(tw.jax.softmax, (x,), (x,))[1], (x,), (x,))[1]
 
     with pytest.raises(Unsupported, match="forward mode over forward mode is not provided for C"):
         lowered(twice, x)

@@ -69,13 +69,12 @@ class Board:
     def compiled(self, launch: Launch, special: Specialised) -> Binary:
         """Return a binary whose code is the place of the kernel in `kernels`."""
         name = launch.kernel.__name__
-        for known, (other, same) in enumerate(self.kernels):
-            if other.kernel is launch.kernel and repr(same) == repr(special):
-                break
-        else:
-            known = len(self.kernels)
+        known = [(id(other.kernel), repr(same)) for other, same in self.kernels]
+        key = id(launch.kernel), repr(special)
+        if key not in known:
+            known.append(key)
             self.kernels.append((launch, special))
-        code = f"{known}".encode() + b"\0\xff\x80"
+        code = f"{known.index(key)}".encode() + b"\0\xff\x80"
         return Binary(name, code, 32 * launch.plan.num_warps, self.shared, hidden=2)
 
     def emit(self, function: Any, results: Any, *given: Any) -> Any:

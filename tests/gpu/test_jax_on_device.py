@@ -1,4 +1,4 @@
-"""The door of JAX to CUDA: its programs on a driver that stands in, where Triton interprets them."""
+"""The door of JAX to CUDA: its programs on a driver that stands in, interpreted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+jax = pytest.importorskip("jax", reason="JAX is not installed")
 pytest.importorskip("tilewise._xla")
 
-import jax.numpy as jnp
+import jax.numpy as jnp  # noqa: E402
 
-import tilewise as tw
-import tilewise.jax
+import tilewise as tw  # noqa: E402
+import tilewise.jax  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_masks_of_arrays_that_are_not_known_while_tracing(board: Any) -> None:
         of = {key: attention(name, mask=mask, return_lse=True) for key, mask in MASKS.items()}
         found = [jax.jit(of[key])(*x) for key in ("chunked-or-prefix", "ids", "boundaries")]
         found += [jax.jit(of[key])(*x) for key in ("heads", "prefixes")]
-        seen = lambda keys: attention(name, mask=keys)(*x)
-        return [*found, jax.jit(seen)(jnp.asarray(MASKS["keys"]))]
+        seen = jax.jit(lambda keys: attention(name, mask=keys)(*x))
+        return [*found, seen(jnp.asarray(MASKS["keys"]))]
 
     both(board, derived, 2e-6)
 
@@ -133,8 +133,10 @@ def test_vmap(board: Any) -> None:
     sinks = jnp.asarray(np.linspace(-2, 3, 4).reshape(2, 2), np.float32)
 
     def derived(name: str) -> Any:
+        def of(q: Any, sinks: Any) -> Any:
+            return attention(name, sinks=sinks)(q, x[1][0], x[2][0])
+
         joined = jax.vmap(attention(name, mask=tw.window(3, 2)))(*x)
-        of = lambda q, sinks: attention(name, sinks=sinks)(q, x[1][0], x[2][0])
         apart = jax.vmap(jax.grad(lambda *a: jnp.sum(jnp.sin(of(*a))), 1))(x[0], sinks)
         return joined, apart, jax.vmap(of)(x[0][:0], sinks[:0])
 
@@ -143,10 +145,13 @@ def test_vmap(board: Any) -> None:
 
 def test_sixteen_bits(board: Any) -> None:
     x = inputs(jnp.bfloat16)
-    found = jax.vjp(attention("triton", mask=tw.causal()), *x)
-    exact = jax.vjp(attention("cpu", mask=tw.causal()), *[a.astype(np.float64) for a in x])
-    of = lambda o, back: [o, *back(jnp.cos(o))]
-    for mine, theirs in zip(of(*found), of(*exact), strict=True):
+
+    def derived(name: str, *x: Any) -> Any:
+        o, back = jax.vjp(attention(name, mask=tw.causal()), *x)
+        return [o, *back(jnp.cos(o))]
+
+    exact = derived("cpu", *[a.astype(np.float64) for a in x])
+    for mine, theirs in zip(derived("triton", *x), exact, strict=True):
         assert mine.dtype == jnp.bfloat16
         error = jnp.linalg.norm(mine.astype(np.float64) - theirs) / jnp.linalg.norm(theirs)
         assert error < 1e-2
@@ -235,7 +240,9 @@ def test_gradients_of_a_loss_come_with_it(board: Any) -> None:
     y = jnp.asarray([0, 12, -100, 5, 5, 1, 11])
 
     def derived(name: str) -> Any:
-        of = lambda h, w: tw.jax.linear_cross_entropy(h, w, y, shift=1, implementation=name)
+        def of(*x: Any) -> Any:
+            return tw.jax.linear_cross_entropy(*x, y, shift=1, implementation=name)
+
         return jax.jit(jax.value_and_grad(of, (0, 1)))(hidden, weight)
 
     before = len(board.programs)

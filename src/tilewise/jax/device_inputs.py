@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from tilewise.base.literals import BITS, ROWS, evaluate
 from tilewise.base._lowering import KEY_TILE, QUERY_TILE
+from tilewise.base.literals import BITS, ROWS, evaluate
 
 Sizes = tuple[int, int, int, int]
 
@@ -82,9 +82,7 @@ class _Patterns:
     def causal(self, *, align: str = "bottom_right") -> Array:
         return self.j <= self._position(align)
 
-    def window(
-        self, left: int | None, right: int | None, *, align: str = "bottom_right"
-    ) -> Array:
+    def window(self, left: int | None, right: int | None, *, align: str = "bottom_right") -> Array:
         position, seen = self._position(align), self.every
         if left is not None:
             seen = seen & (self.j >= position - left)

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.masks import PackedBits, RowIntervals
-from tilewise.base.operator import FlatOperator
 from tilewise.dispatch import DEVICE, TABLE, device_implementation, evaluate_by
 from tilewise.ops.attention.spec import PACKED
 from tilewise.shared.recording import Recorded, Recording
@@ -132,7 +131,7 @@ class _Call:
         self.wrong: Any = None
         self.lowered: list[Recorded] = []
         arguments = self._with_classes(self._without_masks(arguments))
-        self.tensors = [self._argument(a) for a in arguments]
+        self.tensors = [None if a is None else self._tensor(a) for a in arguments]
 
     def run(self) -> list[Any]:
         """Return the results."""
@@ -207,7 +206,7 @@ class _Call:
         rows, heads = (2, 1) if options["layout"] == "bhnd" else (1, 2)
         sizes = q.shape[0], q.shape[heads], q.shape[rows], k.shape[rows]
         parts = mask_parts(options["mask"], [arguments[i] for i in places], sizes, function.name)
-        self.lowered = [self._argument(part) for part in parts]
+        self.lowered = [self._tensor(part) for part in parts]
         return [None if i in places else a for i, a in enumerate(arguments)]
 
     def _with_classes(self, arguments: list[Any]) -> list[Any]:
@@ -239,9 +238,7 @@ class _Call:
         seed = self.tensors[self.function.first + names.index("seed")]
         return {} if seed is None else {"seed_low": seed[0], "seed_high": seed[1]}
 
-    def _argument(self, array: Any) -> Recorded | None:
-        if array is None:
-            return None
+    def _tensor(self, array: Any) -> Recorded:
         tensor = self.recording.argument(array.shape, np.dtype(array.dtype))
         self.arrays[id(tensor.buffer)] = array
         return tensor
@@ -305,4 +302,3 @@ def _encoder(operator: str, number: int) -> Encode:
 def _stand_in_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype of a stand-in: integers have 64 bits, so that nothing widens them."""
     return np.dtype(np.int64) if dtype.kind in "iu" else dtype
-
