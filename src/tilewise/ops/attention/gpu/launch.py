@@ -36,7 +36,7 @@ from .kernels.forward import attention_fwd_kernel
 from .kernels.sums import attention_dbias_kernel, attention_dsinks_kernel
 from .kernels.tangents import attention_jvp_kernel
 from .kernels.tiles import attention_bounds_kernel
-from .packed import count_of, sequences_of
+from .packed import packed_count, packed_of
 from .plan import INTERPRETER, padded, plan, tiles_of
 
 INTERPRETS = not isinstance(attention_fwd_kernel, triton.JITFunction)
@@ -227,7 +227,7 @@ def _dbias(call: AttentionCall, prefix: str, given: dict[str, Any]) -> Tensor:
     packed = call.sequences is not None
     own[2], keys = own[2] or packed, bias.shape[3] if packed else call.Nk
     BM, BN = chosen.constants["BM"], chosen.constants["BN"]
-    places = (call.B, call.H, tiles_of(call.N, BM, count_of(call)), tiles_of(keys, BN))
+    places = (call.B, call.H, tiles_of(call.N, BM, packed_count(call)), tiles_of(keys, BN))
     programs = [place for place, apart in zip(places, own, strict=True) if apart]
     if dbias.numel():
         launch(
@@ -292,7 +292,7 @@ def planned(call: AttentionCall, kind: str) -> LaunchPlan:
         Dv=call.Dv,
         dtype=call.dtype.name,
         arch=architecture(call.q.device),
-        sequences=count_of(call),
+        sequences=packed_count(call),
     )
 
 
@@ -318,11 +318,23 @@ def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:
 
 
 def launch_carefully(
-    kernel: Any, chosen: LaunchPlan, call: AttentionCall, of_keys: bool = False, **arguments: Any
+    kernel: Any,
+    chosen: LaunchPlan,
+    call: AttentionCall,
+    of_keys: bool = False,
+    /,
+    **arguments: Any,
 ) -> None:
     """Run a kernel and, where pairs may be hidden, once more for the programs that it spoiled.
 
     Those are few or none: the second run ends at once for the others.
+
+    Args:
+        kernel: The kernel.
+        chosen: Its plan.
+        call: The call.
+        of_keys: As for `pairs`.
+        **arguments: What else it takes.
     """
     given = pairs(call, chosen, of_keys) | arguments
     # Rows whose every bias is -inf are hidden, too.
@@ -342,7 +354,7 @@ def pairs(call: AttentionCall, chosen: LaunchPlan, of_keys: bool = False) -> dic
         of_keys: Whether its programs own tiles of keys, and not of queries.
     """
     factor = call.keep_factor
-    packed = sequences_of(call, chosen.constants["BN" if of_keys else "BM"], of_keys)
+    packed = packed_of(call, chosen.constants["BN" if of_keys else "BM"], of_keys)
     return {
         **packed,
         "q": call.q,
@@ -399,7 +411,7 @@ def mask_of(call: AttentionCall, BM: int, packed: dict[str, Any] | None) -> dict
     Args:
         call: The call.
         BM: Queries of a tile.
-        packed: `sequences_of(call, BM)`, or None where it is not known yet.
+        packed: `packed_of(call, BM)`, or None where it is not known yet.
     """
     lowered = call.mask
     if lowered is None:
@@ -408,7 +420,7 @@ def mask_of(call: AttentionCall, BM: int, packed: dict[str, Any] | None) -> dict
     tiles: Any
     if isinstance(lowered, RowIntervals):
         mask, kind = lowered.rows, 1
-        tiles = bounds_of(call, mask, BM, packed or sequences_of(call, BM))
+        tiles = bounds_of(call, mask, BM, packed or packed_of(call, BM))
     else:
         mask, tiles, kind = lowered.bits, lowered.tiles, 2
     Bm, Hm = mask.shape[:2]
@@ -419,7 +431,7 @@ def mask_of(call: AttentionCall, BM: int, packed: dict[str, Any] | None) -> dict
 def bounds_of(call: AttentionCall, mask: Tensor, BM: int, packed: dict[str, Any]) -> Tensor:
     """Return which keys each tile of queries sees, `(Bm, Hm, tiles, 8)`."""
     Bm, Hm = mask.shape[:2]
-    tiles = tiles_of(call.N, BM, count_of(call))
+    tiles = tiles_of(call.N, BM, packed_count(call))
     bounds = mask.new_empty((Bm, Hm, tiles, 8))
     if Bm * Hm * tiles:
         chosen = LaunchPlan((tiles, Bm * Hm), {"BM": BM})

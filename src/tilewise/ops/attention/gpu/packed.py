@@ -12,12 +12,12 @@ from .kernels.sequences import attention_sequences_kernel
 from .plan import PLACES, tiles_of
 
 
-def count_of(call: AttentionCall) -> int | None:
+def packed_count(call: AttentionCall) -> int | None:
     """Return how many sequences a call has packed, or None."""
     return None if call.sequences is None else len(call.sequences)
 
 
-def sequences_of(call: AttentionCall, extent: int, of_keys: bool = False) -> dict[str, Any]:
+def packed_of(call: AttentionCall, extent: int, of_keys: bool = False) -> dict[str, Any]:
     """Return where the sequences of a call begin, and which of them has each place for a tile.
 
     The table is made on the device: of the boundaries the host need not know more than how many

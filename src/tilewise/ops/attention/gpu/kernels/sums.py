@@ -51,7 +51,7 @@ def attention_dbias_kernel(
     if BIAS_B:
         first_b, entries = at, 1
     if PACKED:
-        _, _, entry, tile_i, first_i, first_j, N, Nk = tile_of(
+        _b, _h, entry, tile_i, first_i, first_j, N, Nk = tile_of(
             tile_i, H, total, Nk, S, order, q_starts, k_starts, BM, False, PACKED
         )
         if not BIAS_K:
