@@ -106,6 +106,9 @@ def _bind(
 def _read(operator: FlatOperator, kind: str, groups: Sequence[Arrays]) -> Sequence[Arrays]:
     """Return the arguments that a function reads; what nothing else reads is never computed."""
     groups = list(groups)
+    if kind != "forward":
+        pairs = zip(groups[-2], operator.reads, strict=True)
+        groups[-2] = tuple([y if read else None for y, read in pairs])
     if kind in ("vjp_jvp", FORWARD_TWICE):
         groups[-1] = _without_kept(operator, groups[-1])
     if kind == "vjp_jvp" and not operator.output_tangents:
@@ -146,19 +149,12 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
         function.leading(arguments),
     )
     leading = jnp.broadcast_shapes(*[a.shape[:extra] for a in avals])
-    if function.kind == "forward":
-        inputs = [None if a is None else tuple(a.shape[extra:]) for a in arguments]
-        shapes = operator.shapes(inputs, function.parsed)
-        wide = jnp.float32 if is_narrow(first.dtype) else first.dtype
-        dtypes = [first.dtype] * operator.narrow_outputs
-        dtypes += [wide] * (len(shapes) - len(dtypes))
-        for i, name in enumerate((*operator.outputs, *operator.residuals)):
-            if name in operator.dtypes:
-                dtypes[i] = _dtype_of(operator.dtypes[name], operator, arguments)
+    inputs = arguments[function.first :][: len(operator.inputs)]
+    if function.kind in ("forward", "jvp", FORWARD_TWICE):
+        shapes, dtypes = _of_outputs(function, inputs, extra)
     else:
-        *_, x, y, _ = function.split(avals)
-        like = y if function.kind in ("jvp", FORWARD_TWICE) else x[: operator.active_inputs]
-        shapes = tuple([() if a is None else tuple(a.shape[extra:]) for a in like])
+        like = inputs[: operator.active_inputs]
+        shapes = [() if a is None else tuple(a.shape[extra:]) for a in like]
         dtypes = [first.dtype if a is None else a.dtype for a in like]
     split = _split(function, arguments, avals)
 
@@ -168,8 +164,24 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
         sharding = first.sharding.update(spec=spec)
         return first.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
-    results = zip(shapes, dtypes, function.needed, strict=True)
+    # Derivatives of outputs are fewer than outputs and residuals, and the first of them.
+    results = zip(shapes, dtypes, function.needed, strict=False)
     return [result(shape, dtype) for shape, dtype, wanted in results if wanted]
+
+
+def _of_outputs(
+    function: Function, inputs: Arrays, extra: int
+) -> tuple[list[tuple[int, ...]], list[Any]]:
+    """Return shapes and dtypes of outputs and residuals."""
+    operator, dtype = function.operator, inputs[0].dtype
+    given = [None if a is None else tuple(a.shape[extra:]) for a in inputs]
+    shapes = list(operator.shapes(given, function.parsed))
+    dtypes = [dtype] * operator.narrow_outputs
+    dtypes += [jnp.float32 if is_narrow(dtype) else dtype] * (len(shapes) - len(dtypes))
+    for i, name in enumerate((*operator.outputs, *operator.residuals)):
+        if name in operator.dtypes:
+            dtypes[i] = _dtype_of(operator.dtypes[name], operator, inputs)
+    return shapes, dtypes
 
 
 def _dtype_of(source: str, operator: FlatOperator, inputs: Arrays) -> Any:
