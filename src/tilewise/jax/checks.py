@@ -80,8 +80,28 @@ def class_indices(operator: str, targets: Any, probabilities: str) -> jax.Array:
     if not jnp.issubdtype(dtype, jnp.integer) or not np.can_cast(dtype, np.int64):
         requirement = "have an integer dtype up to int64"
         raise type_error(operator, "targets", requirement, dtype.name)
-    wide = jnp.int64 if not np.can_cast(dtype, np.int32) else jnp.int32
-    return jnp.asarray(targets).astype(jax.dtypes.canonicalize_dtype(wide))
+    return signed(operator, "targets", targets)
+
+
+def signed(operator: str, name: str, value: Any) -> jax.Array:
+    """Return integers with a sign and as many bits as they need and JAX has, or raise.
+
+    Args:
+        operator: Name of the operator, for the error text.
+        name: Name of the argument.
+        value: Integers of any dtype. What does not fit stays too large.
+    """
+    wide = np.int32 if np.can_cast(value.dtype, np.int32) else np.int64
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(wide))
+    if isinstance(value, np.ndarray) and value.size and value.dtype.itemsize == 8:
+        outside = value[(value < limits.min) | (value > limits.max)]
+        if outside.size:
+            requirement = f"fit {limits.bits} bits (jax_enable_x64 allows 64)"
+            raise value_error(operator, name, requirement, int(outside[0]))
+    found = jnp.asarray(value)
+    if np.iinfo(found.dtype).max > limits.max:
+        found = jnp.minimum(found, found.dtype.type(limits.max))
+    return found.astype(limits.dtype)
 
 
 def seed_words(operator: str, seed: Any, dropout_p: float) -> jax.Array | None:

@@ -114,7 +114,7 @@ def flax_attention(
         key: `(..., S, K, H)`. K divides N.
         value: `(..., S, K, Hv)`.
         bias: Broadcasts to `(..., N, T, S)`; added to the logits, with gradient.
-        mask: Boolean, broadcasts to `(..., N, T, S)`; True is seen.
+        mask: Broadcasts to `(..., N, T, S)`; what is not 0 is seen. Flax makes masks of floats.
         broadcast_dropout: Not read: every entry of the batch drops pairs of its own.
         dropout_rng: Key of the dropout.
         dropout_rate: Probability with which a pair is left out.
@@ -145,6 +145,7 @@ def flax_attention(
         x.astype(dtype).reshape(math.prod(leading), *x.shape[-3:]) for x in (query, key, value)
     )
     sizes = *q.shape[:2], k.shape[1]
+    seen = None if mask is None else _merged(jnp.asarray(mask) != 0, leading)
     dropped: dict[str, Any] = {}
     if not deterministic and dropout_rate > 0:
         dropped = {"dropout_p": dropout_rate, "seed": dropout_rng}
@@ -152,7 +153,7 @@ def flax_attention(
         q,
         k,
         v,
-        mask=_mask(_merged(mask, leading), is_causal, None, (None, None), sizes),
+        mask=_mask(seen, is_causal, None, (None, None), sizes),
         bias=None if bias is None else _bias(_merged(bias, leading), q),
         layout="bnhd",
         **dropped,
