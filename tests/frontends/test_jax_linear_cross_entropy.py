@@ -300,6 +300,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "weight must have shape (V, C) with C=3 (from hidden), got (5, 2)",
     ),
+    "no width": (
+        {"hidden": H[:, :0], "weight": W[:, :0]},
+        ValueError,
+        "hidden must have shape (T, C) with 1 <= C",
+    ),
     "bias of another size": ({"bias": B[:2]}, ValueError, "bias must have shape (V,) with V=5"),
     "targets of a list": ({"targets": [1]}, TypeError, "targets must be a jax.Array, got list"),
     "targets of bool": (

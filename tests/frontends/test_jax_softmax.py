@@ -175,6 +175,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "logsumexp: sink must broadcast to the shape (2, 3) of the rows, got (7,)",
     ),
+    "number for a sink": (
+        lambda: jax.eval_shape(partial(tj.softmax, sink=np.inf), X),
+        ValueError,
+        "softmax: sink must be finite or -inf, got inf",
+    ),
     "temperature": (
         lambda: tj.softmax(X, temperature=0),
         ValueError,

@@ -20,9 +20,10 @@ zero is never made into an array: the function is told that there is no such arg
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from itertools import chain, compress
 from typing import Any
@@ -36,6 +37,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval, xla
 from tilewise.base.dtypes import is_narrow
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
+from tilewise.dispatch import DEVICE, named
 
 from .execution import Function, emit, mark_batch, operators
 
@@ -73,10 +75,23 @@ def forward(
         options: The other options as the text of a dictionary.
         needed: Which outputs are needed.
     """
+    _check_implementation(operator.name, options)
     missing = len(operator.inputs) - len(inputs)
     groups = [(*inputs, *(None,) * missing)]
     found = _bind(operator, "forward", options, groups, needed + (False,) * len(operator.residuals))
     return tuple(found[: len(needed)])
+
+
+@lru_cache(maxsize=256)
+def _check_implementation(operator: str, options: str) -> None:
+    """Raise where an implementation is named that does not exist, or computes on a GPU alone."""
+    name = literal_eval(options)["implementation"]
+    if name is None:
+        return
+    named(operator, name)
+    if name in DEVICE:
+        reason = "computes on tensors of PyTorch, not on arrays"
+        raise unsupported(operator, f"implementation {name!r}: {reason}")
 
 
 def save_results(primitive: Any, *_: Any, **__: Any) -> bool:
