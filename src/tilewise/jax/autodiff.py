@@ -403,14 +403,20 @@ def _transpose(cotangents: Arrays, *arguments: Any, function: Function) -> list[
 
 
 def _cotangent(argument: Any, cotangent: Any) -> Any:
-    """Return the cotangent of an argument, summed over the leading sizes in which it repeats."""
+    """Return the cotangent of an argument, summed over the leading sizes in which it repeats.
+
+    It lies on the devices as the argument does, as explicit axes of a mesh ask for.
+    """
     if not ad.is_undefined_primal(argument):
         return None
     if cotangent is None:
         return ad.Zero(argument.aval)
     pairs = zip(cotangent.shape, argument.aval.shape, strict=True)
     repeated = [i for i, (many, one) in enumerate(pairs) if many != one]
-    return jnp.sum(cotangent, repeated, keepdims=True) if repeated else cotangent
+    found = jnp.sum(cotangent, repeated, keepdims=True) if repeated else cotangent
+    where = argument.aval.sharding
+    alike = where.mesh.empty or jax.typeof(found).sharding.spec == where.spec
+    return found if alike else jax.sharding.reshard(found, where)
 
 
 # Batches, and execution
