@@ -64,8 +64,8 @@ def run(
         tensors: Its flat arguments, with trailing inputs of a forward pass perhaps left out.
     """
     first = tensors[operator.first[kind]]
-    name = _chosen(operator, options["implementation"], first)
-    given = [None if t is None else _readable(t) for t in tensors]
+    name = implementation_for(operator, options["implementation"], first)
+    given = [None if t is None else readable(t) for t in tensors]
     if operator.orders:
         given = [None if t is None else t.contiguous() for t in given]
     one = partial(_run_one, operator, kind, name, options, needed)
@@ -73,7 +73,7 @@ def run(
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         if extra == 0:
             return one(given)
-        leading, stage = first.shape[:extra], _Stage(first.device)
+        leading, stage = first.shape[:extra], Stage(first.device)
         if operator.folds(kind, [stage.stand_in(t) for t in given], options) and 0 not in leading:
             merged = [None if t is None else t.reshape(-1, *t.shape[extra + 1 :]) for t in given]
             return tuple([None if r is None else _unfolded(r, leading) for r in one(merged)])
@@ -111,11 +111,17 @@ def adapted(
     return replace(implementation, **functions, refuses=lambda call: None)
 
 
-class _Stage:
-    """Arrays that stand in for the tensors of one call, and the way back to the tensors."""
+class Stage:
+    """Arrays that stand in for the tensors of one call, and the way back to the tensors.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the tensors are.
+        keeps: Whether arrays of integers stay on the device for other calls, as masks do.
+    """
+
+    def __init__(self, device: torch.device, keeps: bool = True) -> None:
         self._device = device
+        self._keeps = keeps
         self._region, self._base = _region(_FIRST_REGION)
         self._end = 0
         self._places: list[tuple[int, int, Any]] = []
@@ -143,7 +149,11 @@ class _Stage:
         """Return an array with the entries of a tensor; of one on a GPU they are waited for."""
         if tensor is None:
             return None
-        array: Array = tensor.cpu().contiguous().numpy()
+        plain = tensor.cpu().contiguous()
+        if plain.dtype is torch.bfloat16:
+            array: Array = plain.view(torch.int16).numpy().view(bfloat16("torch"))
+        else:
+            array = plain.numpy()
         self._places.append((_address(array), max(array.nbytes, 1), tensor.contiguous()))
         return array
 
@@ -165,7 +175,7 @@ class _Stage:
             return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=self._device)
         if array.dtype.kind not in "iub":
             raise RuntimeError(f"a stand-in of {array.dtype} was copied")
-        return _uploaded(array, self._device)
+        return (_uploaded if self._keeps else sent)(array, self._device)
 
 
 def _run_one(
@@ -178,7 +188,7 @@ def _run_one(
 ) -> Tensors:
     """Run a function on tensors without further leading dimensions."""
     start = operator.first[kind]
-    stage = _Stage(tensors[start].device)
+    stage = Stage(tensors[start].device)
     read = {start + operator.inputs.index(argument) for argument in operator.read_inputs}
     arrays = [
         stage.copy(t) if place in read else stage.stand_in(t) for place, t in enumerate(tensors)
@@ -196,7 +206,7 @@ def _each(one: Callable[..., Tensors], tensors: Sequence[Any], leading: Sequence
         zeros = [None if t is None else t.new_zeros(t.shape[len(leading) :]) for t in tensors]
         return tuple([None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)])
     every = [
-        one([None if t is None else _readable(t[index]) for t in tensors])
+        one([None if t is None else readable(t[index]) for t in tensors])
         for index in product(*map(range, leading))
     ]
     parts = zip(*every, strict=True)
@@ -208,7 +218,7 @@ def _unfolded(tensor: Any, leading: Sequence[int]) -> Any:
     return tensor.reshape(*leading, -1, *tensor.shape[1:])
 
 
-def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> str:
+def implementation_for(operator: FlatOperator, implementation: str | None, first: Any) -> str:
     """Return the name of the implementation that a call on a device gets, or raise."""
     if first.is_cpu:
         assert implementation is not None
@@ -228,7 +238,7 @@ def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> s
     return implementation
 
 
-def _readable(tensor: Any) -> Any:
+def readable(tensor: Any) -> Any:
     """Return a tensor whose numbers are in its memory as they are, each row contiguous."""
     tensor = tensor.detach().resolve_neg()
     if tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
@@ -262,12 +272,22 @@ def _uploaded(array: Array, device: torch.device) -> Any:
     known = _uploads.get(key)
     if known is not None and known[0]() is array:
         return known[1]
-    plain = array.view(np.int16) if array.dtype == np.uint16 else array
-    tensor = torch.from_numpy(np.array(plain, order="C")).to(device)
+    tensor = _tensor_of(array).to(device)
     for old in [old for old, (of, _) in _uploads.items() if of() is None]:
         _uploads.pop(old, None)
     _uploads[key] = ref(array), tensor
     return tensor
+
+
+def sent(array: Array, device: torch.device) -> Any:
+    """Return integers on the device without waiting for it, for the current stream alone."""
+    tensor = _tensor_of(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _tensor_of(array: Array) -> Any:
+    plain = array.view(np.int16) if array.dtype == np.uint16 else array
+    return torch.from_numpy(np.array(plain, order="C"))
 
 
 def _region(size: int) -> tuple[mmap.mmap, int]:

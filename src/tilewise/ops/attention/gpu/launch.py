@@ -447,8 +447,6 @@ def refuses(call: AttentionCall) -> str | None:
         return "computes on tensors of PyTorch, not on arrays"
     if call.sequences is not None:
         return "takes no packed sequences yet"
-    if call.paging is not None:
-        return "reads no keys in pages yet"
     return None
 
 
