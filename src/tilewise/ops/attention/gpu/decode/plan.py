@@ -14,7 +14,6 @@ MOST_QUERIES = 16
 """Calls of up to so many queries, in one head, have their keys cut into chunks."""
 
 _BM = 16  # rows of a tile: as few as a product takes
-_BC = 16  # states that are merged at a time
 
 
 def chunks_of(keys: int, arch: str) -> int:
@@ -54,8 +53,8 @@ def merge_plan(*, rows: int, Dv: int, arch: str = "sm_90") -> LaunchPlan:
         Dv: Entries of a value.
         arch: As for `plan`.
     """
-    BR = 64 if arch == INTERPRETER else 1
-    return LaunchPlan((-(-rows // BR),), {"BR": BR, "BC": _BC, "DVP": padded(Dv)}, 4, 1)
+    BR, BC = (64, 2) if arch == INTERPRETER else (1, 16)  # rows, and states merged at a time
+    return LaunchPlan((-(-rows // BR),), {"BR": BR, "BC": BC, "DVP": padded(Dv)}, 4, 1)
 
 
 def _chunk(arch: str) -> int:
@@ -68,8 +67,10 @@ def _tile(width: int, dtype: str, arch: str) -> tuple[int, int, int]:
     if arch == INTERPRETER:
         return 16, 4, 1
     size = (width > 64) + (width > 128) + (width > 256)
-    if dtype in ("float32", "float64"):
-        return ((32, 4, 2), (32, 4, 1), (16, 4, 1), (16, 4, 1))[size]
+    if dtype == "float64":
+        return ((16, 4, 2), (16, 4, 1), (16, 4, 1), (16, 4, 1))[size]
+    if dtype == "float32":
+        return ((32, 4, 3), (32, 4, 1), (16, 4, 1), (16, 4, 1))[size]
     ahead = 2 if arch == "gfx942" else 3  # what its 64 KiB of shared memory hold
     return ((64, 4, ahead), (64, 4, ahead), (32, 4, 2), (16, 4, 2))[size]
 

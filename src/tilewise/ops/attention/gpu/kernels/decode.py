@@ -46,6 +46,20 @@ def _tiles_in(lo, hi, least, first, last, BN: tl.constexpr):
 
 
 @triton.jit
+def _between(j, lo, hi):
+    """Return `[BM, BN]`: which keys lie in the interval of each row."""
+    return (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+
+
+@triton.jit
+def _rescaled(m, m_c):
+    """Return a maximum above all, 0 for -inf, and the factors of what was summed relative to m."""
+    top = tl.maximum(m, tl.max(m_c, 1))
+    base = tl.where(top == -INF, 0.0, top)
+    return top, base, tl.exp2(m - base), tl.exp2(m_c - base[:, None])
+
+
+@triton.jit
 def _places_of_keys(
     j,
     wanted,
@@ -223,9 +237,9 @@ def attention_decode_kernel(
             ALIBI,
             SOFTCAP,
         )
-        seen = (j[None, :] >= lo0[:, None]) & (j[None, :] < hi0[:, None])
+        seen = _between(j, lo0, hi0)
         if MASK == INTERVALS:
-            seen = seen | ((j[None, :] >= lo1[:, None]) & (j[None, :] < hi1[:, None]))
+            seen = seen | _between(j, lo1, hi1)
         if MASK == BITS:
             seen = visible(of_mask, i[:, None], j[None, :], N, Nk, MASK, True)
         s = tl.where(seen, s, -INF)
@@ -314,9 +328,7 @@ def attention_merge_kernel(
             mask=there[:, :, None] & (d < DV)[None, None, :],
             other=0.0,
         )  # [BR, BC, DVP]
-        top = tl.maximum(m, tl.max(m_c, 1))
-        base = tl.where(top == -INF, 0.0, top)
-        shrink, w = tl.exp2(m - base), tl.exp2(m_c - base[:, None])
+        top, base, shrink, w = _rescaled(m, m_c)
         if ENTROPY:
             entropy_c = tl.load(entropy_part + at, mask=there, other=0.0)
             moved = tl.where(m == -INF, 0.0, (m - base) * l)
