@@ -6,12 +6,10 @@ The arrays of such a call are tensors of a framework here: with `shape`, `stride
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import triton
 
 from tilewise.base.masks import RowIntervals
 from tilewise.base.operator import Implementation
@@ -29,17 +27,16 @@ from tilewise.ops.attention.spec import (
     TangentCall,
     Want,
 )
+from tilewise.shared import triton_launch
 from tilewise.shared.launch import LaunchPlan
+from tilewise.shared.triton_launch import INTERPRETS, architecture
 
 from .kernels.backward import attention_delta_kernel, attention_dkv_kernel, attention_dq_kernel
 from .kernels.forward import attention_fwd_kernel
 from .kernels.sums import attention_dbias_kernel, attention_dsinks_kernel
 from .kernels.tangents import attention_jvp_kernel
 from .kernels.tiles import attention_bounds_kernel
-from .plan import INTERPRETER, padded, plan
-
-INTERPRETS = not isinstance(attention_fwd_kernel, triton.JITFunction)
-"""Whether Triton interprets its kernels, on the CPU, instead of compiling them."""
+from .plan import padded, plan
 
 Tensor = Any
 _compute_dtypes: dict[Any, Any] = {}
@@ -287,29 +284,15 @@ def planned(call: AttentionCall, kind: str) -> LaunchPlan:
         D=call.D,
         Dv=call.Dv,
         dtype=call.dtype.name,
-        arch=architecture(call.q.device),
+        arch=architecture(),
     )
-
-
-def architecture(device: Any) -> str:
-    """Return the architecture that kernels run on."""
-    if INTERPRETS:
-        return INTERPRETER
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:
     """Run a kernel as its plan says, with those of the arguments that it takes."""
-    if 0 in chosen.grid:
-        return
     given = arguments | dict(chosen.constants)
-    with np.errstate(all="ignore") if INTERPRETS else nullcontext():
-        kernel[chosen.grid](
-            **{name: given[name] for name in kernel.arg_names},
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-        )
+    taken = {name: given[name] for name in kernel.arg_names}
+    triton_launch.launch(kernel, replace(chosen, constants={}), taken)
 
 
 def launch_carefully(
@@ -423,9 +406,10 @@ def wide(call: AttentionCall) -> Any:
 
 def _int32(call: AttentionCall) -> Any:
     """Return the framework's dtype of 32-bit integers."""
-    if "int32" not in _compute_dtypes:
-        _compute_dtypes["int32"] = _like(call).new_empty(0).int().dtype
-    return _compute_dtypes["int32"]
+    key = "int32", type(call.q)
+    if key not in _compute_dtypes:
+        _compute_dtypes[key] = _like(call).new_empty(0).int().dtype
+    return _compute_dtypes[key]
 
 
 def rows(call: AttentionCall) -> Tensor:

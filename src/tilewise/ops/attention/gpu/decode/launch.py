@@ -7,10 +7,11 @@ from typing import Any
 
 from tilewise.base.masks import RowIntervals
 from tilewise.ops.attention.spec import AttentionCall, AttentionOutputs, RowStats, Want
+from tilewise.shared.triton_launch import architecture
 
 from .. import launch as ordinary
 from ..kernels.decode import attention_decode_kernel, attention_merge_kernel
-from ..launch import Tensor, architecture, bias_of, empty, launch, rows, step, strides, wide
+from ..launch import Tensor, bias_of, empty, launch, rows, step, strides, wide
 from .plan import MOST_QUERIES, chunks_of, merge_plan, plan
 
 
@@ -35,7 +36,7 @@ def chunked(call: AttentionCall, want: Want) -> AttentionOutputs:
     parts, count = _parts(call, want), call.B * call.H * call.N
     launch(
         attention_merge_kernel,
-        merge_plan(rows=count, Dv=call.Dv, arch=architecture(call.q.device)),
+        merge_plan(rows=count, Dv=call.Dv, arch=architecture()),
         **parts,
         R=count,
         sinks=call.sinks,
@@ -62,7 +63,7 @@ def chunked(call: AttentionCall, want: Want) -> AttentionOutputs:
 
 def _parts(call: AttentionCall, want: Want) -> dict[str, Any]:
     """Return the state of every row after each chunk of keys, and how many chunks there are."""
-    arch, group = architecture(call.q.device), call.H // max(call.Hk, 1)
+    arch, group = architecture(), call.H // max(call.Hk, 1)
     chosen = plan(
         heads=call.B * call.Hk,
         rows=group * call.N,
@@ -83,14 +84,16 @@ def _parts(call: AttentionCall, want: Want) -> dict[str, Any]:
     }
     hides = _hides(call)
     given = _arguments(call) | parts | {"group": group, "ENTROPY": want.entropy, "HIDES": hides}
-    given["spoiled"] = rows(call).new_empty(chosen.grid).int() if hides else None
+    like: Any = call.q
+    given["spoiled"] = like.new_empty(chosen.grid, dtype=ordinary._int32(call)) if hides else None
     for careful in (False, True) if hides else (False,):
         launch(attention_decode_kernel, chosen, **given, CAREFUL=careful)
     return parts
 
 
 def _new(call: AttentionCall, *shape: int) -> Tensor:
-    return rows(call).new_empty(shape)
+    like: Any = call.q
+    return like.new_empty(shape, dtype=wide(call))
 
 
 def _hides(call: AttentionCall) -> bool:
