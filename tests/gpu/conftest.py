@@ -44,27 +44,26 @@ def _cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
     return _cast(self, src, dst_type)
 
 
-def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Launch a kernel, whose functions patch the language for themselves."""
-    _patched.clear()
-    _execute(self, *args, **kwargs)
+_launch, _patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+_ready: set[int] = set()
 
 
-def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a function of a kernel; the interpreter patches the language in each call, in layers.
-
-    Once for each launch is enough, and takes half the time.
-    """
-    known = [module in self.fn.__globals__.values() for module in (tl, tl.core)]
-    if tuple(known) not in _patched:
-        interpreter._patch_lang(self.fn)
-        _patched.add(tuple(known))
-    return self.rewrite()(*args, **kwargs)
+def _launched(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Run a kernel; what its functions find in their modules is put there anew."""
+    _ready.clear()
+    _launch(self, *args, **kwargs)
 
 
-_patched: set[tuple[bool, ...]] = set()
-_execute = interpreter.GridExecutor.__call__
-interpreter.GridExecutor.__call__ = _launch
+def _patch_once(fn: Any) -> Any:
+    """Put NumPy into a module once a launch; the interpreter does so at each call of a function."""
+    module = id(fn.__globals__)
+    if module in _ready:
+        return interpreter._LangPatchScope()
+    _ready.add(module)
+    return _patch(fn)
+
+
 _Builder.create_dot = _create_dot
 _Builder.cast_impl = _cast_impl
-interpreter.InterpretedFunction.__call__ = _call
+interpreter.GridExecutor.__call__ = _launched
+interpreter._patch_lang = _patch_once

@@ -151,8 +151,13 @@ class _Call:
         call = jax.ffi.ffi_call(LAUNCHER, made)
         given = {name: getattr(program, name) for name in ("numbers", "kernels", "code")}
         out = call(*operands, **given)[: len(tensors)]
-        pairs = zip(out, self.results, strict=True)
-        return self._marked([o.reshape(r.shape).astype(r.dtype) for o, r in pairs])
+        for o, r in zip(out, self.results, strict=True):
+            # Without 64 bits in JAX integers are shorter there.
+            fits = o.dtype == r.dtype or o.dtype.kind == r.dtype.kind == "i"
+            if o.shape != r.shape or not fits:
+                text = self.function.text
+                raise RuntimeError(f"{text}: made {o.dtype} {o.shape}, not {r.dtype} {r.shape}")
+        return self._marked([o.astype(r.dtype) for o, r in zip(out, self.results, strict=True)])
 
     def _launched(self) -> list[NDArray[Any]]:
         """Run the launcher; return the stand-ins of the results that are needed."""

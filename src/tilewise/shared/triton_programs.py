@@ -161,7 +161,8 @@ def specialised(launch: Launch) -> Specialised:
             constants.append(((place,), values[place]))
         elif isinstance(key, str):
             parsed = tuple([tuple(pair) for pair in backend.parse_attr(key)])
-            attributes.append(((place,), parsed))
+            if parsed:
+                attributes.append(((place,), parsed))
     kinds = [kind for kind, _ in found]
     signature = tuple(zip(names, kinds, strict=True))
     return Specialised(signature, tuple(constants), tuple(attributes))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
+from tilewise.base._lowering import KEY_TILE, QUERY_TILE
 from tilewise.shared.launch import Compilation, LaunchPlan
 
 INTERPRETER = "interpreter"
@@ -14,14 +15,30 @@ INTERPRETER = "interpreter"
 _ROUNDED, _WIDE, _SPLIT = 0, 1, 2
 _LEAST = 16  # the smallest extent of a product
 
+PLACES = 128
+"""How many places of a packed sequence are written at once."""
+
 
 def padded(size: int) -> int:
     """Return the power of two that a tile has for an extent."""
     return max(_LEAST, 1 << (size - 1).bit_length())
 
 
+def tiles_of(rows: int, extent: int, sequences: int | None = None) -> int:
+    """Return how many tiles there are of so many rows; for packed sequences, places for them."""
+    return -(-rows // extent) if sequences is None else rows // extent + sequences
+
+
 def plan(
-    kind: str, *, heads: int, rows: int, D: int, Dv: int, dtype: str, arch: str = "sm_90"
+    kind: str,
+    *,
+    heads: int,
+    rows: int,
+    D: int,
+    Dv: int,
+    dtype: str,
+    arch: str = "sm_90",
+    sequences: int | None = None,
 ) -> LaunchPlan:
     """Return how one kernel is launched.
 
@@ -33,11 +50,12 @@ def plan(
         Dv: Entries of a value.
         dtype: Name of the dtype of q.
         arch: "sm_80", "sm_90", "sm_100", "gfx942" or `INTERPRETER`.
+        sequences: How many are packed in these rows, or None.
     """
     DP, DVP = padded(D), padded(Dv)
     BM, BN, num_warps, num_stages = _tile(kind, max(DP, DVP), dtype, arch)
     tile = BN if kind.endswith("dkv") else BM
-    grid = (-(-rows // tile) * heads,)
+    grid = (tiles_of(rows, tile, sequences) * heads,)
     constants = {"BM": BM, "BN": BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
     return LaunchPlan(grid, constants, num_warps, num_stages)
 
@@ -107,8 +125,25 @@ def planned(arch: str) -> Iterator[Compilation]:
     for kind in (*passes, "dbias"):
         yield _compilation(kind, 64, "bfloat16", arch, every)
     yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
-    for kind in ("bounds", "delta", "dsinks"):
+    for kind in ("bounds", "pack", "delta", "dsinks"):
         yield _compilation(kind, 64, "bfloat16", arch, {})
+    yield from _planned_packed(arch, passes, every)
+
+
+def _planned_packed(
+    arch: str, passes: tuple[str, ...], every: Mapping[str, Any]
+) -> Iterator[Compilation]:
+    """List what is compiled of packed sequences."""
+    packed: dict[str, Any] = {"PACKED": True}
+    for D in (64, 128):
+        for kind in passes:
+            yield _compilation(kind, D, "bfloat16", arch, {"MASK": 1, **packed})
+    for kind in ("fwd", "dq", "dkv"):
+        yield _compilation(kind, 64, "bfloat16", arch, packed)
+    for kind in ("fwd", "dbias"):
+        yield _compilation(kind, 64, "bfloat16", arch, {**every, **packed})
+    for kind in ("bounds", "sequences"):
+        yield _compilation(kind, 64, "bfloat16", arch, packed)
 
 
 _OPTIONS = ("BIAS", "ALIBI", "SOFTCAP", "SINKS", "DROPOUT")
@@ -122,6 +157,8 @@ _MODULES = {
     "dbias": "sums",
     "dsinks": "sums",
     "bounds": "tiles",
+    "pack": "masks",
+    "sequences": "sequences",
 }
 _POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _NUMBERS = {"scale": "fp64", "softcap": "fp64", "factor": "fp64"} | dict.fromkeys(
@@ -140,7 +177,7 @@ _ABSENT = {
     "tq": "T_Q", "tk": "T_K", "tv": "T_V", "tdo": "TDO", "o_full": "O_FULL", "lse": "LSE",
     "max_logit": "MAX_LOGIT", "entropy_out": "ENTROPY", "mask": "MASK", "tiles": "MASK",
     "spoiled": "HIDES", "dlse": "DLSE", "tdlse": "TDLSE", "tdelta": "SECOND",
-    "tdelta_out": "SECOND",
+    "tdelta_out": "SECOND", "order": "PACKED", "q_starts": "PACKED", "k_starts": "PACKED",
 }  # fmt: skip
 """The constant that says whether a pointer is given."""
 
@@ -155,6 +192,7 @@ def _compilation(
     chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch)
     given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
     given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
+    given |= {"EXTENT": 64, "BLOCK": PLACES, "QUERIES": QUERY_TILE, "KEYS": KEY_TILE}
     given |= dict.fromkeys((*_OPTIONS, "MASK"), False) | {"SECOND": second, "D": D, "DV": D}
     given |= dict.fromkeys(_TANGENTS, second or base == "jvp")
     given |= dict(options) | dict(chosen.constants)
@@ -162,6 +200,8 @@ def _compilation(
     given |= {"HIDES": bool(given["MASK"]), "CAREFUL": False}
     given["T_BIAS"] = given["BIAS"] and (second or base == "jvp")
     given["T_SINKS"] = given["SINKS"] and (second or base == "jvp")
+    if base == "pack":
+        given["MASK"] = 2
     if base in ("dbias", "dsinks", "bounds"):
         given["BIAS"] = given["SINKS"] = given["MASK"] = True
     signature, constants = {}, {}
@@ -177,7 +217,7 @@ def _compilation(
         name for name, of in signature.items() if of[0] == "*" or name.startswith("stride")
     ]
     text = "+".join([name.lower() for name, on in options.items() if on]) or "plain"
-    text += " of bits" if given["MASK"] == 2 else ""
+    text += " of bits" if options.get("MASK") == 2 else ""
     return Compilation(
         f"attention {kind} D{D} {dtype} {text}",
         kernel,
@@ -195,6 +235,10 @@ def _type_of(name: str, dtype: str, mask: int) -> str:
         return _POINTERS[dtype]
     if name in _OF_ROWS:
         return "*fp64" if dtype == "float64" else "*fp32"
+    if name in ("seen", "bits"):
+        return "*u8" if name == "seen" else "*i16"
+    if name in ("starts", "order", "q_starts", "k_starts"):
+        return "*i64"
     if name in ("mask", "tiles", "rows", "bounds", "spoiled"):
         bits = {"mask": "*i16", "tiles": "*u8"}
         return bits.get(name, "*i32") if mask == 2 else "*i32"

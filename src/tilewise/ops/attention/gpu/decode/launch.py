@@ -11,7 +11,7 @@ from tilewise.shared.triton_launch import architecture
 
 from .. import launch as ordinary
 from ..kernels.decode import attention_decode_kernel, attention_merge_kernel
-from ..launch import Tensor, bias_of, empty, launch, rows, step, strides, wide
+from ..launch import Tensor, empty, int32, launch, operands, rows, strides, wide
 from .plan import MOST_QUERIES, chunks_of, merge_plan, plan
 
 
@@ -63,10 +63,10 @@ def chunked(call: AttentionCall, want: Want) -> AttentionOutputs:
 
 def _parts(call: AttentionCall, want: Want) -> dict[str, Any]:
     """Return the state of every row after each chunk of keys, and how many chunks there are."""
-    arch, group = architecture(), call.H // max(call.Hk, 1)
+    arch = architecture()
     chosen = plan(
         heads=call.B * call.Hk,
-        rows=group * call.N,
+        rows=call.H // max(call.Hk, 1) * call.N,
         keys=call.Nk,
         D=call.D,
         Dv=call.Dv,
@@ -83,9 +83,9 @@ def _parts(call: AttentionCall, want: Want) -> dict[str, Any]:
         "chunks": chunks,
     }
     hides = _hides(call)
-    given = _arguments(call) | parts | {"group": group, "ENTROPY": want.entropy, "HIDES": hides}
+    given = _arguments(call) | parts | {"ENTROPY": want.entropy, "HIDES": hides}
     like: Any = call.q
-    given["spoiled"] = like.new_empty(chosen.grid, dtype=ordinary._int32(call)) if hides else None
+    given["spoiled"] = like.new_empty(chosen.grid, dtype=int32(call)) if hides else None
     for careful in (False, True) if hides else (False,):
         launch(attention_decode_kernel, chosen, **given, CAREFUL=careful)
     return parts
@@ -110,37 +110,13 @@ def _arguments(call: AttentionCall) -> dict[str, Any]:
     """Return what the chunks are computed from."""
     table: Any = None if call.paging is None else call.paging.block_table
     return {
-        "q": call.q,
-        "k": call.k,
-        "v": call.v,
-        "slopes": call.alibi_slopes,
+        **operands(call),
+        **_mask_of(call),
         "table": table,
         "k_lengths": None if call.paging is None else call.paging.k_lengths,
         "pages": 0 if table is None else table.shape[1],
         "page_size": 1 if table is None else call.k.shape[2],
-        "H": call.H,
-        "N": call.N,
-        "Nk": call.Nk,
-        **strides("q", call.q),
-        **strides("k", call.k),
-        **strides("v", call.v),
-        **bias_of("bias", call.bias),
-        "slopes_stride_b": step(call.alibi_slopes, 0),
-        **_mask_of(call),
-        "scale": float(call.softmax_scale),
-        "softcap": float(call.softcap or 1.0),
-        "first_entry": call.first_entry,
-        "seed_low": call.seed & 0xFFFFFFFF,
-        "seed_high": call.seed >> 32,
-        "threshold": call.drop_threshold,
-        "factor": call.keep_factor,
-        "D": call.D,
-        "DV": call.Dv,
         "PAGED": table is not None,
-        "BIAS": call.bias is not None,
-        "ALIBI": call.alibi_slopes is not None,
-        "SOFTCAP": call.softcap is not None,
-        "DROPOUT": call.dropout_p > 0,
     }
 
 
