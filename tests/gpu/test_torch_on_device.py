@@ -122,7 +122,7 @@ def test_the_host_does_not_wait_for_what_tensors_hold(monkeypatch: pytest.Monkey
         "implementation": "triton",
     }
     read: list[Any] = []
-    monkeypatch.setattr(gpu._Stage, "copy", lambda self, t: t if t is None else read.append(t))
+    monkeypatch.setattr(gpu.Stage, "copy", lambda self, t: t if t is None else read.append(t))
     o = attention(*x, **options)
     torch.autograd.grad(o.sum(), x)
     assert not read
@@ -170,13 +170,13 @@ def test_tensors_of_the_cpu_are_refused_where_nothing_interprets(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_without_cuda_is_unsupported() -> None:
     with pytest.raises(Unsupported, match="cuda:0: PyTorch finds no GPU"):
-        checks._check_place("attention", torch.device("cuda", 0))
+        checks.check_place("attention", torch.device("cuda", 0))
     with pytest.raises(Unsupported, match="no implementation for device xpu"):
-        checks._check_place("attention", torch.device("xpu", 0))
+        checks.check_place("attention", torch.device("xpu", 0))
 
 
 def test_stand_ins_take_no_memory_and_lead_back() -> None:
-    stage = gpu._Stage(torch.device("cpu"))
+    stage = gpu.Stage(torch.device("cpu"))
     tensor = torch.arange(3.0).expand(2**18, 2**16, 3)
     other = torch.arange(24.0).reshape(2, 3, 4).transpose(0, 1)
     large, small = stage.stand_in(tensor), stage.stand_in(other)
@@ -188,7 +188,7 @@ def test_stand_ins_take_no_memory_and_lead_back() -> None:
 
 
 def test_numbers_computed_from_stand_ins_are_an_error() -> None:
-    stage = gpu._Stage(torch.device("cpu"))
+    stage = gpu.Stage(torch.device("cpu"))
     array = stage.stand_in(torch.ones(2, 3))
     assert array is not None
     with pytest.raises(RuntimeError, match="a stand-in of float32 was copied"):

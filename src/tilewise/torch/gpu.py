@@ -63,8 +63,8 @@ def run(
         tensors: Its flat arguments, with trailing inputs of a forward pass perhaps left out.
     """
     first = tensors[operator.first[kind]]
-    name = _chosen(operator, options["implementation"], first)
-    given = [None if t is None else _readable(t) for t in tensors]
+    name = implementation_for(operator, options["implementation"], first)
+    given = [None if t is None else readable(t) for t in tensors]
     if operator.orders:
         given = [None if t is None else t.contiguous() for t in given]
     one = partial(_run_one, operator, kind, name, options, needed)
@@ -72,7 +72,7 @@ def run(
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         if extra == 0:
             return one(given)
-        leading, stage = first.shape[:extra], _Stage(first.device)
+        leading, stage = first.shape[:extra], Stage(first.device)
         if operator.folds(kind, [stage.stand_in(t) for t in given], options) and 0 not in leading:
             merged = [None if t is None else t.reshape(-1, *t.shape[extra + 1 :]) for t in given]
             return tuple([None if r is None else _unfolded(r, leading) for r in one(merged)])
@@ -96,13 +96,18 @@ def adapted(
     return stand_ins.adapted(operator, implementation, torch.Tensor, to_tensor, to_array)
 
 
-class _Stage(stand_ins.Stage):
-    """Arrays that stand in for the tensors of one call, and the way back to the tensors."""
+class Stage(stand_ins.Stage):
+    """Arrays that stand in for the tensors of one call, and the way back to the tensors.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the tensors are.
+        keeps: Whether arrays of integers stay on the device for other calls, as masks do.
+    """
+
+    def __init__(self, device: torch.device, keeps: bool = True) -> None:
         def new(array: Array) -> Any:
             if array.size:
-                return _uploaded(array, device)
+                return (_uploaded if keeps else sent)(array, device)
             return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=device)
 
         super().__init__(_dtype, new)
@@ -111,7 +116,11 @@ class _Stage(stand_ins.Stage):
         """Return an array with the entries of a tensor; of one on a GPU they are waited for."""
         if tensor is None:
             return None
-        array: Array = tensor.cpu().contiguous().numpy()
+        plain = tensor.cpu().contiguous()
+        if plain.dtype is torch.bfloat16:
+            array: Array = plain.view(torch.int16).numpy().view(bfloat16("torch"))
+        else:
+            array = plain.numpy()
         self.place(array, tensor.contiguous(), max(array.nbytes, 1))
         return array
 
@@ -126,7 +135,7 @@ def _run_one(
 ) -> Tensors:
     """Run a function on tensors without further leading dimensions."""
     start = operator.first[kind]
-    stage = _Stage(tensors[start].device)
+    stage = Stage(tensors[start].device)
     own = device_implementation(operator.name, name)
     if own.lower_mask and options["mask"] == DENSE and options["layout"] != PACKED:
         mask = partial(own.lower_mask, int16=torch.int16, uint8=torch.uint8)
@@ -147,7 +156,7 @@ def _with_lowered(
     start: int,
     options: Mapping[str, Any],
     tensors: Sequence[Any],
-    stage: _Stage,
+    stage: Stage,
 ) -> tuple[FlatOperator, Mapping[str, Any], list[Any]]:
     """Lower a boolean tensor on its device, so that the host does not wait for its entries.
 
@@ -185,7 +194,7 @@ def _each(one: Callable[..., Tensors], tensors: Sequence[Any], leading: Sequence
         zeros = [None if t is None else t.new_zeros(t.shape[len(leading) :]) for t in tensors]
         return tuple([None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)])
     every = [
-        one([None if t is None else _readable(t[index]) for t in tensors])
+        one([None if t is None else readable(t[index]) for t in tensors])
         for index in product(*map(range, leading))
     ]
     parts = zip(*every, strict=True)
@@ -197,7 +206,7 @@ def _unfolded(tensor: Any, leading: Sequence[int]) -> Any:
     return tensor.reshape(*leading, -1, *tensor.shape[1:])
 
 
-def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> str:
+def implementation_for(operator: FlatOperator, implementation: str | None, first: Any) -> str:
     """Return the name of the implementation that a call on a device gets, or raise."""
     if first.is_cpu:
         assert implementation is not None
@@ -217,7 +226,7 @@ def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> s
     return implementation
 
 
-def _readable(tensor: Any) -> Any:
+def readable(tensor: Any) -> Any:
     """Return a tensor whose numbers are in its memory as they are, each row contiguous."""
     tensor = tensor.detach().resolve_neg()
     if tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
@@ -231,12 +240,22 @@ def _uploaded(array: Array, device: torch.device) -> Any:
     known = _uploads.get(key)
     if known is not None and known[0]() is array:
         return known[1]
-    plain = array.view(np.int16) if array.dtype == np.uint16 else array
-    tensor = torch.from_numpy(np.array(plain, order="C")).to(device)
+    tensor = _tensor_of(array).to(device)
     for old in [old for old, (of, _) in _uploads.items() if of() is None]:
         _uploads.pop(old, None)
     _uploads[key] = ref(array), tensor
     return tensor
+
+
+def sent(array: Array, device: torch.device) -> Any:
+    """Return integers on the device without waiting for it, for the current stream alone."""
+    tensor = _tensor_of(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _tensor_of(array: Array) -> Any:
+    plain = array.view(np.int16) if array.dtype == np.uint16 else array
+    return torch.from_numpy(np.array(plain, order="C"))
 
 
 @cache
