@@ -109,7 +109,7 @@ def forward64(call: EntropyCall) -> Exact:
         lse = np.where(np.isposinf(m), np.inf, m + log_l)
         far = np.where(t == 0, 0.0, -t * gap).sum(axis=1)
         total = t.sum(axis=1)
-        z_loss = np.where(kept, _times(call.options.z_loss, lse**2), 0.0)
+        z_loss = np.where(kept, _times(call.options.z_loss, (m + log_l) ** 2), 0.0)
         loss = np.where(kept, total * log_l + far + z_loss, 0.0)
         return Exact(loss, lse, z_loss, m, log_l, total)
 
