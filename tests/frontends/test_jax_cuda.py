@@ -133,20 +133,20 @@ def test_exported_programs_hold_both_platforms() -> None:
     assert "@tilewise_launch" in text and "@tilewise_evaluate" in text
 
 
-def test_what_is_not_served_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(gpu.ARCHITECTURE, "sm_90")
-
+@pytest.mark.usefixtures("written")
+def test_what_is_not_served_is_unsupported() -> None:
     def attention(**options: Any) -> Any:
         return lambda q, k, v: tw.jax.attention(q, k, v, **options)
 
     def packed(q: Any, k: Any, v: Any) -> Any:
-        return tw.jax.attention_varlen(q[0], k[0], v[0], [0, 4])
+        bias = jnp.ones((1, 4, 4))
+        return tw.jax.attention_varlen(q[0], k[0], v[0], [0, 4], bias=bias)
 
     of = jnp.ones((1, 4, 2, 3))
     for function, text in {
         attention(implementation="cpu"): "'cpu': computes on the CPU, and the program is for CUDA",
         attention(implementation="hopper"): "'hopper': is not provided through JAX",
-        packed: "takes no packed sequences through JAX yet",
+        packed: "takes no bias with a column for each key of packed sequences",
     }.items():
         with pytest.raises(Unsupported, match=text):
             lowered(function, of, of, of)
