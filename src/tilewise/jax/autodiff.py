@@ -20,9 +20,10 @@ zero is never made into an array: the function is told that there is no such arg
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from itertools import chain, compress
 from typing import Any
@@ -36,6 +37,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval, xla
 from tilewise.base.dtypes import is_narrow
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
+from tilewise.dispatch import DEVICE, named
 
 from . import gpu
 from .execution import Function, emit, mark_batch, operators
@@ -74,10 +76,23 @@ def forward(
         options: The other options as the text of a dictionary.
         needed: Which outputs are needed.
     """
+    _check_implementation(operator.name, options)
     missing = len(operator.inputs) - len(inputs)
     groups = [(*inputs, *(None,) * missing)]
     found = _bind(operator, "forward", options, groups, needed + (False,) * len(operator.residuals))
     return tuple(found[: len(needed)])
+
+
+@lru_cache(maxsize=256)
+def _check_implementation(operator: str, options: str) -> None:
+    """Raise where an implementation is named that does not exist, or computes on a GPU alone."""
+    name = literal_eval(options)["implementation"]
+    if name is None:
+        return
+    named(operator, name)
+    if name in DEVICE:
+        reason = "computes on tensors of PyTorch, not on arrays"
+        raise unsupported(operator, f"implementation {name!r}: {reason}")
 
 
 def save_results(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -107,6 +122,9 @@ def _bind(
 def _read(operator: FlatOperator, kind: str, groups: Sequence[Arrays]) -> Sequence[Arrays]:
     """Return the arguments that a function reads; what nothing else reads is never computed."""
     groups = list(groups)
+    if kind != "forward":
+        pairs = zip(groups[-2], operator.reads, strict=True)
+        groups[-2] = tuple([y if read else None for y, read in pairs])
     if kind in ("vjp_jvp", FORWARD_TWICE):
         groups[-1] = _without_kept(operator, groups[-1])
     if kind == "vjp_jvp" and not operator.output_tangents:
@@ -147,19 +165,12 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
         function.leading(arguments),
     )
     leading = jnp.broadcast_shapes(*[a.shape[:extra] for a in avals])
-    if function.kind == "forward":
-        inputs = [None if a is None else tuple(a.shape[extra:]) for a in arguments]
-        shapes = operator.shapes(inputs, function.parsed)
-        wide = jnp.float32 if is_narrow(first.dtype) else first.dtype
-        dtypes = [first.dtype] * operator.narrow_outputs
-        dtypes += [wide] * (len(shapes) - len(dtypes))
-        for i, name in enumerate((*operator.outputs, *operator.residuals)):
-            if name in operator.dtypes:
-                dtypes[i] = _dtype_of(operator.dtypes[name], operator, arguments)
+    inputs = arguments[function.first :][: len(operator.inputs)]
+    if function.kind in ("forward", "jvp", FORWARD_TWICE):
+        shapes, dtypes = _of_outputs(function, inputs, extra)
     else:
-        *_, x, y, _ = function.split(avals)
-        like = y if function.kind in ("jvp", FORWARD_TWICE) else x[: operator.active_inputs]
-        shapes = tuple([() if a is None else tuple(a.shape[extra:]) for a in like])
+        like = inputs[: operator.active_inputs]
+        shapes = [() if a is None else tuple(a.shape[extra:]) for a in like]
         dtypes = [first.dtype if a is None else a.dtype for a in like]
     split = _split(function, arguments, avals)
 
@@ -169,8 +180,24 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
         sharding = first.sharding.update(spec=spec)
         return first.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
-    results = zip(shapes, dtypes, function.needed, strict=True)
+    # Derivatives of outputs are fewer than outputs and residuals, and the first of them.
+    results = zip(shapes, dtypes, function.needed, strict=False)
     return [result(shape, dtype) for shape, dtype, wanted in results if wanted]
+
+
+def _of_outputs(
+    function: Function, inputs: Arrays, extra: int
+) -> tuple[list[tuple[int, ...]], list[Any]]:
+    """Return shapes and dtypes of outputs and residuals."""
+    operator, dtype = function.operator, inputs[0].dtype
+    given = [None if a is None else tuple(a.shape[extra:]) for a in inputs]
+    shapes = list(operator.shapes(given, function.parsed))
+    dtypes = [dtype] * operator.narrow_outputs
+    dtypes += [jnp.float32 if is_narrow(dtype) else dtype] * (len(shapes) - len(dtypes))
+    for i, name in enumerate((*operator.outputs, *operator.residuals)):
+        if name in operator.dtypes:
+            dtypes[i] = _dtype_of(operator.dtypes[name], operator, inputs)
+    return shapes, dtypes
 
 
 def _dtype_of(source: str, operator: FlatOperator, inputs: Arrays) -> Any:
@@ -376,14 +403,20 @@ def _transpose(cotangents: Arrays, *arguments: Any, function: Function) -> list[
 
 
 def _cotangent(argument: Any, cotangent: Any) -> Any:
-    """Return the cotangent of an argument, summed over the leading sizes in which it repeats."""
+    """Return the cotangent of an argument, summed over the leading sizes in which it repeats.
+
+    It lies on the devices as the argument does, as explicit axes of a mesh ask for.
+    """
     if not ad.is_undefined_primal(argument):
         return None
     if cotangent is None:
         return ad.Zero(argument.aval)
     pairs = zip(cotangent.shape, argument.aval.shape, strict=True)
     repeated = [i for i, (many, one) in enumerate(pairs) if many != one]
-    return jnp.sum(cotangent, repeated, keepdims=True) if repeated else cotangent
+    found = jnp.sum(cotangent, repeated, keepdims=True) if repeated else cotangent
+    where = argument.aval.sharding
+    alike = where.mesh.empty or jax.typeof(found).sharding.spec == where.spec
+    return found if alike else jax.sharding.reshard(found, where)
 
 
 # Batches, and execution

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -19,10 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilewise.base._lowering import Size
 from tilewise.base.dtypes import bfloat16
 from tilewise.base.errors import unsupported
+from tilewise.base.literals import DENSE
+from tilewise.base.masks import PackedBits, check_dense
 from tilewise.base.operator import FlatOperator, Implementation
 from tilewise.dispatch import DEVICE, TABLE, device_implementation, evaluate_by
+from tilewise.ops.attention.spec import PACKED
 from tilewise.shared import stand_ins
 
 Array = NDArray[Any]
@@ -122,15 +127,56 @@ def _run_one(
     """Run a function on tensors without further leading dimensions."""
     start = operator.first[kind]
     stage = _Stage(tensors[start].device)
+    own = device_implementation(operator.name, name)
+    if own.lower_mask and options["mask"] == DENSE and options["layout"] != PACKED:
+        mask = partial(own.lower_mask, int16=torch.int16, uint8=torch.uint8)
+        operator, options, tensors = _with_lowered(mask, operator, start, options, tensors, stage)
     read = {start + operator.inputs.index(argument) for argument in operator.read_inputs}
     arrays = [
         stage.copy(t) if place in read else stage.stand_in(t) for place, t in enumerate(tensors)
     ]
-    own = device_implementation(operator.name, name)
     chosen = adapted(operator.name, own, stage.tensor, stage.stand_in)
     found = evaluate_by(chosen, operator, kind, arrays, options, needed)
     kept = zip(found, needed, strict=True)
     return tuple([stage.tensor(a) if a is not None and wanted else None for a, wanted in kept])
+
+
+def _with_lowered(
+    lower: Callable[..., Sequence[Any]],
+    operator: FlatOperator,
+    start: int,
+    options: Mapping[str, Any],
+    tensors: Sequence[Any],
+    stage: _Stage,
+) -> tuple[FlatOperator, Mapping[str, Any], list[Any]]:
+    """Lower a boolean tensor on its device, so that the host does not wait for its entries.
+
+    Args:
+        lower: ``(mask of bytes, N, Nk) -> tensors`` of `PackedBits`.
+        operator: Attention.
+        start: Where its inputs begin among the tensors.
+        options: What else the call takes.
+        tensors: Its flat arguments.
+        stage: Makes arrays that stand in for tensors.
+
+    Returns:
+        An operator whose calls have the mask, and the other options and arguments.
+    """
+    at = start + operator.inputs.index("mask0")
+    seen, (q, k) = tensors[at], tensors[start : start + 2]
+    heads, rows = (1, 2) if options["layout"] == "bhnd" else (2, 1)
+    size = Size(q.shape[0], q.shape[heads], q.shape[rows], k.shape[rows], operator.name)
+    check_dense(size, tuple(seen.shape))
+    seen = seen.reshape((1,) * (4 - seen.ndim) + seen.shape).view(torch.uint8)
+    parts = lower(seen, size.N, size.Nk)
+
+    def prepare(inputs: Sequence[Any], given: Mapping[str, Any]) -> Any:
+        call = operator.prepare(inputs, given)
+        stand_ins: list[Any] = [stage.stand_in(part) for part in parts]
+        return replace(call, mask=PackedBits(*stand_ins))
+
+    rest = [None if place == at else t for place, t in enumerate(tensors)]
+    return replace(operator, prepare=prepare), {**options, "mask": None}, rest
 
 
 def _each(one: Callable[..., Tensors], tensors: Sequence[Any], leading: Sequence[int]) -> Tensors:

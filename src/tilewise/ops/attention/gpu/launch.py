@@ -36,6 +36,7 @@ from .kernels.forward import attention_fwd_kernel
 from .kernels.sums import attention_dbias_kernel, attention_dsinks_kernel
 from .kernels.tangents import attention_jvp_kernel
 from .kernels.tiles import attention_bounds_kernel
+from .masks import pack
 from .packed import packed_count, packed_of
 from .plan import padded, plan, tiles_of
 
@@ -466,5 +467,13 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 IMPLEMENTATION = Implementation(
-    "triton", forward, vjp, jvp, vjp_jvp, forward_jvp, refuses, interprets=INTERPRETS
+    "triton",
+    forward,
+    vjp,
+    jvp,
+    vjp_jvp,
+    forward_jvp,
+    refuses,
+    interprets=INTERPRETS,
+    lower_mask=pack,
 )
