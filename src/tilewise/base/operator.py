@@ -225,6 +225,8 @@ class FlatOperator:
         read_outputs: Names of the active outputs that derivatives read, None for all. The others
             are given to derivatives as None, so that nothing keeps them.
         orders: Whether `prepare` brings its arrays into C order, with copies where it has to.
+        strided: Whether kernels of a GPU take tensors in any strides, and not only such whose last
+            dimension is contiguous.
         read_inputs: Names of the inputs whose entries `prepare` reads; of the others it looks only
             at shapes, strides and dtypes.
         split_over: ``(kind, arrays, options) -> number`` of first dimensions of all arguments and
@@ -256,6 +258,7 @@ class FlatOperator:
     read_outputs: tuple[str, ...] | None = None
     read_inputs: tuple[str, ...] = ()
     orders: bool = False
+    strided: bool = False
 
     @cached_property
     def reads(self) -> tuple[bool, ...]:

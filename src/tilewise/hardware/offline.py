@@ -161,7 +161,7 @@ def _compile(compilation: Compilation, arch: str) -> Any:
     return triton_compile(
         source(kernel, signature, constexprs=dict(compilation.constants), attrs=attributes),
         target=GPUTarget(gpu.backend, gpu.target, gpu.warp),
-        options={"num_warps": compilation.num_warps, "num_stages": compilation.num_stages},
+        options=compilation.options,
     )
 
 

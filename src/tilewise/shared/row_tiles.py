@@ -58,6 +58,11 @@ def row_tiles(C: int, I: int, *, entries: int) -> RowTiles:
     return RowTiles(inner, block_r, block_c, max(1, -(-C // block_c)), warps)
 
 
+def side_by_side(x: Tensor) -> int:
+    """Return how many rows of `(A, C, I)` lie side by side: I, or 1 where a row's entries do."""
+    return int(x.shape[2]) if x.stride(2) <= x.stride(1) else 1
+
+
 def power_of_two(n: int) -> int:
     """Return the smallest power of two that is not below n, at least 1."""
     return 1 << max(0, n - 1).bit_length()
@@ -102,6 +107,20 @@ def wide_like(x: Tensor) -> Tensor:
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return small tensors in C order; None stays None."""
     return tuple([None if t is None else t.contiguous() for t in tensors])
+
+
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64"}
+"""What Triton calls pointers to numbers of a dtype."""
+
+
+def sums_of(dtype: str) -> str:
+    """Return the Triton type of pointers to what belongs to rows of a dtype."""
+    return POINTERS["float64" if dtype == "float64" else "float32"]
+
+
+def itemsize_of(dtype: str) -> int:
+    """Return the bytes of a number of a dtype."""
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
 def compilation(

@@ -17,7 +17,7 @@ from tilewise.cache.attention import typed
 from tilewise.ops.attention.spec import NAME, Want, laid_out
 
 from .autodiff import is_traced
-from .checks import autocast, shown
+from .checks import autocast, autocast_dtype, shown
 
 _NAMES = {
     torch.float32: "float32",
@@ -74,9 +74,10 @@ def cached_attention(
     Raises:
         TypeError: Autocast casts q to another dtype than that of the cache.
     """
-    if torch.is_autocast_enabled("cpu"):
+    cast = autocast_dtype(q)
+    if cast is not None:
         q, k, v, options["bias"] = autocast(q, k, v, options.get("bias"))
-        _check_autocast(cache, q)
+        _check_autocast(cache, q, cast)
     for name in ("bias", "alibi_slopes", "sinks"):
         if options.get(name) is not None:
             options[name] = typed(*words(NAME, name, options[name]))
@@ -88,9 +89,8 @@ def cached_attention(
     return tuple([_tensor(a) for a in (o, out.lse, out.max_logit, out.entropy)])
 
 
-def _check_autocast(cache: object, q: object) -> None:
+def _check_autocast(cache: object, q: object, cast: torch.dtype) -> None:
     """Check that the keys of a cache have the dtype to which autocast has cast q."""
-    cast = torch.get_autocast_dtype("cpu")
     was_cast = isinstance(q, Tensor) and q.dtype is cast
     if was_cast and isinstance(cache, KVCache) and cache.dtype != shown(cast):
         requirement = f"have dtype {shown(cast)} (from autocast; or leave that for the call)"

@@ -191,4 +191,5 @@ FLAT = FlatOperator(
     output_tangents=False,
     read_outputs=(),
     read_inputs=("targets", "weight"),
+    strided=True,
 )

@@ -202,6 +202,7 @@ def _flat(name: str, kind: Kind) -> FlatOperator:
         read_outputs=(),
         jvp_jvp=functions.jvp_jvp,
         read_inputs=("sink",),
+        strided=True,
     )
 
 

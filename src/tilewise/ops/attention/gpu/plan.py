@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilewise.shared.launch import Compilation, LaunchPlan
 
@@ -21,7 +21,15 @@ def padded(size: int) -> int:
 
 
 def plan(
-    kind: str, *, heads: int, rows: int, D: int, Dv: int, dtype: str, arch: str = "sm_90"
+    kind: str,
+    *,
+    heads: int,
+    rows: int,
+    D: int,
+    Dv: int,
+    dtype: str,
+    arch: str = "sm_90",
+    crowded: bool = False,
 ) -> LaunchPlan:
     """Return how one kernel is launched.
 
@@ -33,43 +41,101 @@ def plan(
         Dv: Entries of a value.
         dtype: Name of the dtype of q.
         arch: "sm_80", "sm_90", "sm_100", "gfx942" or `INTERPRETER`.
+        crowded: Whether there is a bias, a soft cap, dropout or ALiBi.
     """
     DP, DVP = padded(D), padded(Dv)
-    BM, BN, num_warps, num_stages = _tile(kind, max(DP, DVP), dtype, arch)
-    tile = BN if kind.endswith("dkv") else BM
+    cut = _tile(kind, max(DP, DVP), dtype, arch, crowded=crowded)
+    tile = cut.BN if kind.endswith("dkv") else cut.BM
     grid = (-(-rows // tile) * heads,)
-    constants = {"BM": BM, "BN": BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
-    return LaunchPlan(grid, constants, num_warps, num_stages)
+    constants = {"BM": cut.BM, "BN": cut.BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
+    most = _MOST if cut.greedy and arch.startswith("sm_") else None
+    return LaunchPlan(grid, constants, cut.num_warps, cut.num_stages, most)
 
 
-def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, int]:
-    """Return queries and keys of a tile, warps and stages."""
+class Tile(NamedTuple):
+    """A tile of queries and keys.
+
+    Attributes:
+        BM: Queries.
+        BN: Keys.
+        num_warps: Warps of one program.
+        num_stages: Tiles that loads run ahead of the arithmetic.
+        greedy: Whether ptxas has to be told that a thread may have all registers. Else it may take
+            fewer, so that there are more programs at a time, and spill.
+    """
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int = 1
+    greedy: bool = False
+
+
+_MOST = 255
+"""Registers that a thread of NVIDIA can have."""
+
+
+def _tile(kind: str, width: int, dtype: str, arch: str, *, crowded: bool) -> Tile:
+    """Return the tile of a kernel: of what is known of a case, by its architecture first."""
     if arch == INTERPRETER:
-        return 64, 64, 4, 1
+        return Tile(64, 64, 4)
     size = 0 if width <= 64 else 1 if width <= 128 else 2
+    tables = [_TILES]
     if dtype in ("float32", "float64"):
-        if size == 0 and kind == "dkv":
-            return 32, 32, 4, 1
-        return ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))[size]
+        tables = [_FULL]
+    elif dtype == "float16":
+        tables = [_HALF, _TILES]
+    if crowded:
+        tables = [_CROWDED_FULL if tables == [_FULL] else _CROWDED, *tables]
     kind = kind.replace("dbias", "dq")
-    if size == 0 and arch != "sm_90" and kind in _SMALLER:
-        return _SMALLER[kind]
-    return _TILES.get(kind, _TILES["dq"])[size]
+    for table in tables:
+        for name in (f"{kind} {arch}", kind, "other"):
+            found = table.get(name, {}).get(size)
+            if found is not None:
+                return found
+    raise AssertionError(kind)
 
 
-_TILES = {
-    "fwd": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
-    "dq": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
-    "dkv": ((64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
-    "jvp": ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
-    "second_dq": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
-    "second_dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+_TILES: dict[str, dict[int, Tile]] = {
+    "fwd": {0: Tile(128, 64, 8, 2), 1: Tile(128, 64, 8, 2), 2: Tile(64, 32, 8)},
+    "dq": {0: Tile(64, 64, 4), 1: Tile(64, 32, 4), 2: Tile(32, 16, 8)},
+    "dkv": {0: Tile(32, 64, 4), 1: Tile(32, 32, 4), 2: Tile(16, 16, 8)},
+    "dkv sm_90": {0: Tile(64, 64, 4)},
+    "jvp": {0: Tile(32, 32, 4), 1: Tile(32, 32, 4), 2: Tile(16, 16, 8)},
+    "jvp sm_90": {0: Tile(64, 32, 4)},
+    "second_dq": {0: Tile(32, 32, 4), 1: Tile(16, 32, 4), 2: Tile(16, 16, 8)},
+    "second_dq sm_90": {0: Tile(64, 32, 4)},
+    "second_dq gfx942": {1: Tile(32, 16, 4)},
+    "second_dkv": {0: Tile(32, 32, 4), 1: Tile(16, 16, 4), 2: Tile(16, 16, 8)},
 }
-"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers. Kernels without
-an entry take the tiles of dq."""
+"""What fits the registers, for rows of up to 64, 128 and 512 entries of 16 bits: of all, or of one
+architecture."""
 
-_SMALLER = {"dkv": (32, 64, 4, 1), "jvp": (32, 32, 4, 1), "second_dq": (32, 32, 4, 1)}
-"""For rows of up to 64 entries on other architectures than Hopper."""
+_HALF: dict[str, dict[int, Tile]] = {"dq": {0: Tile(64, 32, 4)}, "dkv": {0: Tile(32, 32, 4)}}
+"""For float16, whose gradients are multiplied in float32."""
+
+_CROWDED: dict[str, dict[int, Tile]] = {
+    "fwd": {1: Tile(128, 32, 8, 2)},
+    "fwd gfx942": {0: Tile(128, 32, 8), 1: Tile(64, 64, 4)},
+    "dq": {0: Tile(64, 32, 4), 1: Tile(32, 32, 4)},
+    "dkv": {0: Tile(16, 64, 4, greedy=True), 1: Tile(16, 32, 8)},
+    "jvp": {0: Tile(64, 16, 4)},
+    "second_dq": {0: Tile(64, 16, 4)},
+    "second_dq sm_80": {0: Tile(32, 16, 8)},
+    "second_dkv": {0: Tile(32, 16, 8, greedy=True)},
+    "second_dkv gfx942": {0: Tile(16, 32, 4)},
+}
+"""With options that take registers themselves, in 16 bits."""
+
+_FULL: dict[str, dict[int, Tile]] = {
+    "other": {0: Tile(16, 32, 4), 1: Tile(16, 16, 4), 2: Tile(16, 16, 4)},
+    "fwd": {0: Tile(16, 32, 4, greedy=True)},
+    "dkv": {0: Tile(32, 16, 4)},
+}
+"""For float32 and float64."""
+
+_CROWDED_FULL: dict[str, dict[int, Tile]] = {}
+"""For float32 and float64 with such options."""
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
@@ -112,6 +178,7 @@ def planned(arch: str) -> Iterator[Compilation]:
 
 
 _OPTIONS = ("BIAS", "ALIBI", "SOFTCAP", "SINKS", "DROPOUT")
+_TAKING = ("BIAS", "ALIBI", "SOFTCAP", "DROPOUT")
 _TANGENTS = ("T_Q", "T_K", "T_V", "TDO")
 _MODULES = {
     "fwd": "forward",
@@ -152,7 +219,8 @@ def _compilation(
     base, second = kind.removeprefix("second_"), kind.startswith("second_")
     module = import_module(f".kernels.{_MODULES[base]}", __package__)
     kernel = getattr(module, f"attention_{base}_kernel")
-    chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch)
+    crowded = any([options.get(name) for name in _TAKING])
+    chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch, crowded=crowded)
     given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
     given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
     given |= dict.fromkeys((*_OPTIONS, "MASK"), False) | {"SECOND": second, "D": D, "DV": D}
@@ -186,6 +254,7 @@ def _compilation(
         frozenset(name for name in divisible if not name.endswith(narrow)),
         chosen.num_warps,
         chosen.num_stages,
+        chosen.max_registers,
     )
 
 

@@ -146,8 +146,6 @@ def _gradients(
     bias_stride_n,
     bias_stride_k,
     tbias,
-    tbias_stride_n,
-    tbias_stride_k,
     slope,
     scale,
     softcap,
@@ -188,7 +186,7 @@ def _gradients(
         if SOFTCAP:
             ts = tx * derivative
         if T_BIAS:
-            ts += load_bias(tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk).to(dtype)
+            ts += load_bias(tbias, i, j, bias_stride_n, bias_stride_k, N, Nk).to(dtype)
         tp = tl.where(attended, p * (ts - tlse), 0.0)
         tw = tp
         if DROPOUT:
@@ -197,7 +195,7 @@ def _gradients(
         tds = tl.where(attended, tp * (dp - delta) + p * (tdp - tdelta), 0.0)
         tdx = tds
         if SOFTCAP:
-            tdx = tds * derivative - (2.0 * ds) * (t * derivative) * (tx / cap)
+            tdx = tds * derivative - (2.0 * ds) * (t * derivative) * (traw * (factor / cap))
             tdx = tl.where(attended, tdx, 0.0)
     return w, ds, dx, tw, tds, tdx
 
@@ -211,7 +209,6 @@ def attention_dq_kernel(
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
@@ -231,7 +228,7 @@ def attention_dq_kernel(
         return
     dtype: tl.constexpr = m.dtype.element_ty
     # One loop for all tiles keeps a kernel small that is large already.
-    WHOLE: tl.constexpr = CAREFUL or SECOND
+    WHOLE: tl.constexpr = CAREFUL or SECOND or BIAS or SOFTCAP or DROPOUT
     query_tiles = (N + BM - 1) // BM
     tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
     b, h = at // H, at % H
@@ -274,7 +271,7 @@ def attention_dq_kernel(
         if T_V:
             tv = part_of(tv, b, h // group, stride_tvb, stride_tvh)
         if T_BIAS:
-            tbias = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+            tbias = part_of(tbias, b, h, bias_stride_b, bias_stride_h)
 
     acc = tl.zeros([BM, DP], dtype)
     begin, full, rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
@@ -318,7 +315,7 @@ def attention_dq_kernel(
                         raw, traw, dp, tdp, keep, seen, i, j,
                         top, log_sum, delta_row, tlse_row, tdelta_row,
                         bias, bias_stride_n, bias_stride_k,
-                        tbias, tbias_stride_n, tbias_stride_k,
+                        tbias,
                         slope, scale, softcap, N, Nk,
                         BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                     )  # fmt: skip
@@ -340,7 +337,6 @@ def attention_dkv_kernel(
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
@@ -360,7 +356,7 @@ def attention_dkv_kernel(
     if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
         return
     dtype: tl.constexpr = m.dtype.element_ty
-    WHOLE: tl.constexpr = CAREFUL or SECOND
+    WHOLE: tl.constexpr = CAREFUL or SECOND or BIAS or SOFTCAP or DROPOUT
     query_tiles, key_tiles = (N + BM - 1) // BM, (Nk + BN - 1) // BN
     tile, at = tl.program_id(0) % key_tiles, tl.program_id(0) // key_tiles
     Hk = H // group
@@ -391,7 +387,7 @@ def attention_dkv_kernel(
         if BIAS:
             bias_part = part_of(bias, b, h, bias_stride_b, bias_stride_h)
         if T_BIAS:
-            tbias_part = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+            tbias_part = part_of(tbias, b, h, bias_stride_b, bias_stride_h)
         if MASK == INTERVALS:
             mask_part, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
         if MASK == BITS:
@@ -471,7 +467,7 @@ def attention_dkv_kernel(
                             raw, traw, dp, tdp, keep, seen, i, j,
                             top, log_sum, delta_row, tlse_row, tdelta_row,
                             bias_part, bias_stride_n, bias_stride_k,
-                            tbias_part, tbias_stride_n, tbias_stride_k,
+                            tbias_part,
                             slope, scale, softcap, N, Nk,
                             BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                         )  # fmt: skip

@@ -38,7 +38,6 @@ def attention_jvp_kernel(
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
@@ -68,7 +67,7 @@ def attention_jvp_kernel(
     if BIAS:
         bias = part_of(bias, b, h, bias_stride_b, bias_stride_h)
     if T_BIAS:
-        tbias = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+        tbias = part_of(tbias, b, h, bias_stride_b, bias_stride_h)
     if MASK == INTERVALS:
         mask, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
     if MASK == BITS:
@@ -114,7 +113,7 @@ def attention_jvp_kernel(
                 ts *= derivative
             if T_BIAS:
                 ts += load_bias(
-                    tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk
+                    tbias, i, j, bias_stride_n, bias_stride_k, N, Nk
                 ).to(dtype)  # fmt: skip
             moved = tl.where(seen & (top != -INF), p * ts, 0.0)
             mean += tl.sum(moved, 1)
