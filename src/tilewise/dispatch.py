@@ -76,7 +76,7 @@ def choose(
         ExceptionGroup: None of them does; it holds the reason of each.
     """
     if implementation is not None:
-        chosen = _named(operator, implementation)
+        chosen = named(operator, implementation)
         reason = _refusal(chosen, call, kind)
         if reason is not None:
             raise unsupported(operator, f"implementation {implementation!r}: {reason}")
@@ -193,7 +193,7 @@ def device_implementation(operator: str, name: str) -> Implementation:
         ValueError: No implementation has that name.
         Unsupported: What it needs is not installed.
     """
-    return _named(operator, name)
+    return named(operator, name)
 
 
 def _refusal(implementation: Implementation, call: Any, kind: str) -> str | None:
@@ -202,7 +202,13 @@ def _refusal(implementation: Implementation, call: Any, kind: str) -> str | None
     return implementation.refuses(call)
 
 
-def _named(operator: str, implementation: object) -> Implementation:
+def named(operator: str, implementation: object) -> Implementation:
+    """Return an implementation by its name, or the one that is given.
+
+    Raises:
+        ValueError: No implementation has that name.
+        Unsupported: What it needs is not installed.
+    """
     if isinstance(implementation, Implementation):
         return implementation
     if not isinstance(implementation, str) or implementation not in TABLE[operator]:

@@ -385,6 +385,26 @@ ERRORS = {
         TypeError,
         "mask must be a tilewise mask or a boolean array (a mask that is added is a bias)",
     ),
+    "shape of mask": (
+        lambda: wrong(mask=np.ones((N, NK + 1), bool)),
+        ValueError,
+        "mask must be broadcastable to (B, H, N, Nk) = (2, 3, 5, 7), got (5, 8)",
+    ),
+    "lengths": (
+        lambda: wrong(mask=tw.lengths([1, NK + 1])),
+        ValueError,
+        "mask lengths must be at most Nk=7, got 8",
+    ),
+    "implementation": (
+        lambda: wrong(implementation="gpu"),
+        ValueError,
+        "implementation must be one of 'cpu', 'reference', 'triton', 'hopper', got 'gpu'",
+    ),
+    "implementation of tensors": (
+        lambda: wrong(implementation="triton"),
+        tw.Unsupported,
+        "implementation 'triton': computes on tensors of PyTorch, not on arrays",
+    ),
     "softcap": (lambda: wrong(softcap=-1.0), ValueError, "softcap must be from 1e-15 to 1e+15"),
     "seed": (lambda: wrong(dropout_p=0.5), ValueError, "seed must be given where dropout_p"),
     "kind of seed": (
@@ -399,7 +419,7 @@ ERRORS = {
 def test_errors_while_tracing_name_operator_argument_must_and_got(case: str) -> None:
     make, kind, text = ERRORS[case]
     with pytest.raises(kind) as caught:
-        make()()
+        jax.eval_shape(make())
     assert str(caught.value).startswith(f"attention: {text}")
 
 
@@ -407,7 +427,9 @@ def test_errors_while_tracing_name_operator_argument_must_and_got(case: str) -> 
 def test_errors_of_values_are_raised_when_the_program_runs() -> None:
     q, k, v = tensors()
     f = jax.jit(lambda sinks: tj.attention(q, k, v, sinks=sinks))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="attention: sinks must be finite or -inf"):
+    with pytest.raises(
+        (jax.errors.JaxRuntimeError, ValueError), match="attention: sinks must be finite or -inf"
+    ):
         f(np.array([1.0, math.inf, 0.0])).block_until_ready()
 
 

@@ -86,6 +86,19 @@ def test_a_row_without_keys_is_zero() -> None:
     assert not any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_a_traced_scale_has_a_gradient(scale: float) -> None:
+    x = tensors()
+
+    def run(f: Any) -> Any:
+        loss = lambda scale: jnp.sum(jnp.sin(f(*x, scale=scale)))  # noqa: E731
+        return loss(jnp.float32(scale)), jax.jit(jax.value_and_grad(loss))(scale)
+
+    found, wanted = (run(m.dot_product_attention) for m in (tj, jax.nn))
+    for got, want in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"key": np.zeros((S, K, H), np.float32)}, r"key must have shape \(B, S, K, H\)"),
     "dtype": ({"value": np.zeros((B, S, K, H))}, "value must have dtype float32"),
@@ -99,6 +112,9 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"query_seq_lengths": np.zeros(3, np.int32)},
         r"query_seq_lengths must be integers",
     ),
+    "shape of mask": ({"mask": np.ones((T, T), bool)}, "mask must be broadcastable to"),
+    "scale": ({"scale": np.ones(2)}, r"scale must be a real number, got shape \(2,\)"),
+    "window": ({"local_window_size": 1.5}, "local_window_size must be an integer or a pair"),
     "implementation": ({"implementation": "xla"}, "implementation must be None or one of"),
 }
 
@@ -143,6 +159,37 @@ def test_a_module_of_flax_computes_the_same_with_it() -> None:
     seen[..., 0] = True
     for mask in (None, seen):
         np.testing.assert_allclose(ours(x, mask=mask), theirs(x, mask=mask), rtol=2e-5, atol=2e-5)
+
+
+def test_masks_of_flax_are_floats() -> None:
+    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
+    linen = pytest.importorskip("flax.linen", reason="Flax is not installed")
+    x = RNG.normal(size=(2, 5, 12)).astype(np.float32)
+    mask = nnx.make_causal_mask(x[..., 0])
+    assert mask.dtype == np.float32
+    ours, theirs = flax_pair()
+    np.testing.assert_allclose(ours(x, mask=mask), theirs(x, mask=mask), rtol=2e-5, atol=2e-5)
+    plain = linen.MultiHeadDotProductAttention(num_heads=3)
+    weights = plain.init(jax.random.key(0), x)
+    with_ours = linen.MultiHeadDotProductAttention(num_heads=3, attention_fn=tj.flax_attention)
+    got, want = (
+        jax.value_and_grad(lambda x, m=m: jnp.sum(jnp.sin(m.apply(weights, x, mask=mask))))(x)
+        for m in (with_ours, plain)
+    )
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_a_module_of_flax_decodes_from_its_cache() -> None:
+    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
+    x = RNG.normal(size=(2, 5, 12)).astype(np.float32)
+    ours, _ = flax_pair()
+    whole = ours(x, mask=nnx.make_causal_mask(x[..., 0]))
+    ours.set_attributes(decode=True)
+    ours.init_cache(x.shape)
+    step = nnx.jit(lambda module, token: module(token))
+    for i in range(x.shape[1]):
+        np.testing.assert_allclose(step(ours, x[:, i : i + 1])[:, 0], whole[:, i], atol=2e-5)
 
 
 def test_dropout_in_a_module_of_flax_follows_its_key() -> None:

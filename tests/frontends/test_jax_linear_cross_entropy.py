@@ -300,6 +300,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "weight must have shape (V, C) with C=3 (from hidden), got (5, 2)",
     ),
+    "no width": (
+        {"hidden": H[:, :0], "weight": W[:, :0]},
+        ValueError,
+        "hidden must have shape (T, C) with 1 <= C",
+    ),
     "bias of another size": ({"bias": B[:2]}, ValueError, "bias must have shape (V,) with V=5"),
     "targets of a list": ({"targets": [1]}, TypeError, "targets must be a jax.Array, got list"),
     "targets of bool": (
@@ -342,5 +347,7 @@ def test_class_weights_have_no_gradient() -> None:
 
 
 def test_a_target_out_of_range_is_found_when_the_program_runs() -> None:
-    with pytest.raises(jax.errors.JaxRuntimeError, match="targets must be from 0 to 4"):
+    with pytest.raises(
+        (jax.errors.JaxRuntimeError, ValueError), match="targets must be from 0 to 4"
+    ):
         run(lambda y: loss_of(H, W, y=y), np.full(T, V))

@@ -130,6 +130,18 @@ def test_sums_keep_their_axes_on_request() -> None:
     assert tj.logsumexp(X, (0, 2), keepdims=True).shape == (1, C, 1)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_derivative_keeps_the_input_and_two_numbers_a_row(name: str) -> None:
+    """Not the result, which no derivative reads; so a sum of it needs no memory for it."""
+    f = lambda x: getattr(tj, name)(x, 1)  # noqa: E731
+    x = jnp.asarray(X)
+    for transformed in (jax.vjp, jax.linearize):
+        held = jax.tree.leaves(transformed(f, x)[1])
+        assert sorted(a.size for a in held) == [A * I, A * I, A * C * I]
+    found = jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(f(x)))), (x,), (x,))[1]
+    assert found.shape == x.shape
+
+
 def test_jit_splits_rows_and_gathers_columns() -> None:
     mesh = jax.make_mesh((2,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
     x = RNG.normal(size=(4, 6))
@@ -162,6 +174,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: tj.logsumexp(X, 1, sink=np.zeros(7)),
         ValueError,
         "logsumexp: sink must broadcast to the shape (2, 3) of the rows, got (7,)",
+    ),
+    "number for a sink": (
+        lambda: jax.eval_shape(partial(tj.softmax, sink=np.inf), X),
+        ValueError,
+        "softmax: sink must be finite or -inf, got inf",
     ),
     "temperature": (
         lambda: tj.softmax(X, temperature=0),

@@ -249,3 +249,33 @@ def test_errors_of_parts_of_the_classes() -> None:
         merge_shards([state], Y[0])
     with pytest.raises(TypeError, match="merged must be a MergedLoss, got LossState"):
         linear_cross_entropy_shard_vjp(None, H, W, Y, state, **at)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_a_part_of_absent_classes_changes_nothing(implementation: str) -> None:
+    """As the part that holds what pads a vocabulary, in which a bias hides every class."""
+    bias, by = np.where(np.arange(V) < 7, B, -np.inf), {"implementation": implementation}
+    want = linear_cross_entropy(H, W[:7], Y % 7, bias=B[:7], reduction="none", **by)
+    at = [{"first_class": a, "bias": bias[a:b], "classes": V, **by} for a, b in ((0, 7), (7, V))]
+    states = [
+        linear_cross_entropy_shard(H, w, Y % 7, **where)
+        for w, where in zip((W[:7], W[7:]), at, strict=True)
+    ]
+    merged = merge_shards(states, Y % 7)
+    np.testing.assert_allclose(merged.loss, want, rtol=1e-13)
+    assert (merge_shards(states[1:], Y % 7).lse == -np.inf).all()
+    grads = linear_cross_entropy_shard_vjp(np.ones_like(want), H, W[7:], Y % 7, merged, **at[1])
+    assert not any(grad.any() for grad in grads)
+
+
+def test_the_reference_gives_a_token_without_classes_no_loss() -> None:
+    given = {"bias": np.full(V, -np.inf), "implementation": "reference", "z_loss": 0.1}
+    asked = {"reduction": "none", "label_smoothing": 0.1, **given}
+    r = linear_cross_entropy(H, W, Y, return_lse=True, return_entropy=True, **asked)
+    assert not r.loss.any() and not r.entropy.any() and (r.lse == -np.inf).all()
+    ones = np.ones_like(r.loss)
+    grads = linear_cross_entropy_vjp(ones, H, W, Y, dlse=ones, dentropy=ones, **asked)
+    moved = linear_cross_entropy_jvp(H, H, W, Y, **asked)
+    again = linear_cross_entropy_vjp_jvp(ones, H, H, W, Y, dlse=ones, **asked)
+    for zero in (*grads, *again, moved.tloss, moved.tlse):
+        assert not zero.any()

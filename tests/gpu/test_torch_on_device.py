@@ -128,15 +128,6 @@ def test_a_gpu_without_cuda_is_unsupported() -> None:
         checks._check_place("attention", torch.device("xpu", 0))
 
 
-def test_packed_sequences_are_refused() -> None:
-    from tilewise.torch import attention_varlen
-
-    q = torch.zeros(5, 2, 3)
-    ends = torch.tensor([0, 2, 5])
-    with pytest.raises(Unsupported, match="no packed sequences yet"):
-        attention_varlen(q, q, q, cu_seqlens_q=ends, implementation="triton")
-
-
 def test_stand_ins_take_no_memory_and_lead_back() -> None:
     stage = gpu._Stage(torch.device("cpu"))
     tensor = torch.arange(3.0).expand(2**18, 2**16, 3)

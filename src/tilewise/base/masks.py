@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import operator as _operator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tilewise.base._held import Frozen, Held, Traced, held, is_traced, values_of
 from tilewise.base._lowering import (
     MAX_SPANS,
     BoolArray,
@@ -46,39 +47,6 @@ __all__ = [
 ]
 
 Align: TypeAlias = Literal["bottom_right", "top_left"]
-
-
-@final
-class _Frozen:
-    """A private read-only copy of an array that compares and hashes by content."""
-
-    __slots__ = ("array", "own")
-
-    def __init__(self, array: NDArray[np.generic]) -> None:
-        self.own = np.array(array, order="C", copy=True)  # nobody writes, but tracers look at flags
-        self.array = self.own.view()
-        self.array.setflags(write=False)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Frozen) and np.array_equal(self.array, other.array)
-
-    def __hash__(self) -> int:
-        return hash((self.array.shape, self.array.tobytes()))
-
-    def __reduce__(self) -> tuple[type[_Frozen], tuple[NDArray[np.generic]]]:
-        return _Frozen, (self.array,)
-
-    def __repr__(self) -> str:
-        if self.array.dtype == np.bool_ or self.array.ndim != 1:
-            return f"<{self.array.dtype} {self.array.shape}>"
-        items = [str(item) for item in self.array.tolist()]
-        if len(items) > 8:
-            items[3:-2] = ["..."]
-        return f"[{', '.join(items)}]"
-
-    @property
-    def ints(self) -> NDArray[np.int64]:
-        return self.array.astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,15 +85,15 @@ class _Chunked(Mask):
 
 @dataclass(frozen=True, repr=False)
 class _Prefix(Mask):
-    n: int | _Frozen
+    n: int | Held
 
     @property
     def scalar(self) -> bool:
         return isinstance(self.n, int)
 
     def check(self, size: Size) -> None:
-        if isinstance(self.n, _Frozen):
-            _check_per_batch(size, "prefix", self.n.ints)
+        if not isinstance(self.n, int):
+            _check_per_batch(size, "prefix", self.n)
 
     def extent(self, size: Size) -> tuple[int, int]:
         return (1, 1) if isinstance(self.n, int) else (size.B, 1)
@@ -142,17 +110,17 @@ class _Prefix(Mask):
 
 @dataclass(frozen=True, repr=False)
 class _Lengths(Mask):
-    keys: _Frozen
-    queries: _Frozen | None
+    keys: Held
+    queries: Held | None
 
     @property
     def scalar(self) -> bool:
         return False
 
     def check(self, size: Size) -> None:
-        _check_per_batch(size, "lengths", self.keys.ints, f"Nk={size.Nk}", size.Nk)
+        _check_per_batch(size, "lengths", self.keys, f"Nk={size.Nk}", size.Nk)
         if self.queries is not None:
-            _check_per_batch(size, "query_lengths", self.queries.ints, f"N={size.N}", size.N)
+            _check_per_batch(size, "query_lengths", self.queries, f"N={size.N}", size.N)
 
     def extent(self, size: Size) -> tuple[int, int]:
         return size.B, 1
@@ -174,8 +142,8 @@ class _Lengths(Mask):
 class _Packed(Mask):
     """Documents given by their boundaries."""
 
-    cu_seqlens: _Frozen
-    cu_seqlens_k: _Frozen | None
+    cu_seqlens: Held
+    cu_seqlens_k: Held | None
 
     @property
     def scalar(self) -> bool:
@@ -190,7 +158,7 @@ class _Packed(Mask):
         else:
             ends.append(("cu_seqlens_k", self.cu_seqlens_k, "Nk", size.Nk, ""))
         for name, cu, dim, length, more in ends:
-            if cu.ints[-1] != length:
+            if isinstance(cu, Frozen) and cu.ints[-1] != length:
                 requirement = f"end at {dim}={length}{more}"
                 raise value_error(size.operator, f"mask {name}", requirement, int(cu.ints[-1]))
 
@@ -210,8 +178,8 @@ class _Packed(Mask):
 class _Labelled(Mask):
     """Documents given by one id per token."""
 
-    ids: _Frozen
-    ids_k: _Frozen | None
+    ids: Held
+    ids_k: Held | None
 
     @property
     def scalar(self) -> bool:
@@ -270,11 +238,11 @@ class _Labelled(Mask):
 
 @dataclass(frozen=True, repr=False)
 class _Dense(Mask):
-    array: _Frozen
+    array: Held
 
     @property
     def full(self) -> BoolArray:
-        array = self.array.array.view(np.bool_)
+        array = self.array.known.view(np.bool_)
         return array.reshape((1,) * (4 - array.ndim) + array.shape)
 
     @property
@@ -282,10 +250,7 @@ class _Dense(Mask):
         return False
 
     def check(self, size: Size) -> None:
-        want = (size.B, size.H, size.N, size.Nk)
-        if any(have not in (1, need) for have, need in zip(self.full.shape, want, strict=True)):
-            requirement = f"be broadcastable to (B, H, N, Nk) = {want}"
-            raise value_error(size.operator, "mask", requirement, self.array.array.shape)
+        check_dense(size, self.array.array.shape)
 
     def extent(self, size: Size) -> tuple[int, int]:
         return self.full.shape[0], self.full.shape[1]
@@ -420,12 +385,12 @@ def dense(array: ArrayLike) -> Mask:
     Args:
         array: bool, broadcastable to `(B, H, N, Nk)` from the right.
     """
-    values = np.asarray(array)
+    values = values_of(array)
     if values.dtype != np.bool_:
         raise type_error("dense", "array", "have dtype bool", str(values.dtype))
     if values.ndim > 4:
         raise value_error("dense", "array", "have at most 4 dimensions", values.shape)
-    return _Dense(_Frozen(values))
+    return _Dense(held(values))
 
 
 def as_mask(obj: object, operator: str) -> Mask:
@@ -444,7 +409,17 @@ def as_mask(obj: object, operator: str) -> Mask:
         raise type_error(operator, "mask", requirement, f"an array of {obj.dtype}")
     if obj.ndim > 4:
         raise value_error(operator, "mask", "have at most 4 dimensions", obj.shape)
-    return _Dense(_Frozen(obj))
+    return _Dense(Frozen(obj))
+
+
+def check_dense(size: Size, shape: tuple[int, ...]) -> None:
+    """Raise where a boolean array does not broadcast to `(B, H, N, Nk)`."""
+    if len(shape) > 4:
+        raise value_error(size.operator, "mask", "have at most 4 dimensions", shape)
+    want = (size.B, size.H, size.N, size.Nk)
+    if any(have not in (1, need) for have, need in zip(shape[::-1], want[::-1], strict=False)):
+        requirement = f"be broadcastable to (B, H, N, Nk) = {want}"
+        raise value_error(size.operator, "mask", requirement, shape)
 
 
 def _positions(size: Size, rows: slice, align: Align) -> NDArray[np.int64]:
@@ -489,10 +464,10 @@ def _count(function: str, name: str, value: object, *, least: int = 0) -> int:
 
 
 def _integers(function: str, name: str, value: object) -> NDArray[np.int64]:
-    array = np.asarray(value)
+    array = values_of(value)
     if array.dtype.kind not in "iu" and array.size:
         raise type_error(function, name, "have an integer dtype", str(array.dtype))
-    return array.astype(np.int64)
+    return array if is_traced(array) else array.astype(np.int64)
 
 
 def _vector(function: str, name: str, value: object) -> NDArray[np.int64]:
@@ -502,38 +477,42 @@ def _vector(function: str, name: str, value: object) -> NDArray[np.int64]:
     return array
 
 
-def _counts(function: str, name: str, value: object) -> _Frozen:
+def _counts(function: str, name: str, value: object) -> Held:
     array = _vector(function, name, value)
-    if array.size and array.min() < 0:
+    if not is_traced(array) and array.size and array.min() < 0:
         raise value_error(function, name, "be at least 0", int(array.min()))
-    return _Frozen(array)
+    return held(array)
 
 
-def _boundaries(name: str, value: object) -> _Frozen:
+def _boundaries(name: str, value: object) -> Held:
     cu = _vector("documents", name, value)
+    if is_traced(cu):
+        return Traced(cu)
     if not cu.size or cu[0] != 0:
         raise value_error("documents", name, "start at 0", int(cu[0]) if cu.size else "no entries")
     if (np.diff(cu) < 0).any():
         at = int(np.argmax(np.diff(cu) < 0))
         shown = f"{cu[at]} followed by {cu[at + 1]}"
         raise value_error("documents", name, "be non-decreasing", shown)
-    return _Frozen(cu)
+    return Frozen(cu)
 
 
-def _labels(name: str, value: object) -> _Frozen:
+def _labels(name: str, value: object) -> Held:
     ids = _integers("documents", name, value)
     if ids.ndim not in (1, 2):
         raise value_error("documents", name, "have one or two dimensions", ids.shape)
-    return _Frozen(ids)
+    return held(ids)
 
 
 def _check_per_batch(
-    size: Size, name: str, values: NDArray[np.int64], bound: str = "", most: int | None = None
+    size: Size, name: str, values: Held, bound: str = "", most: int | None = None
 ) -> None:
     """Raise unless there is one value per batch entry, none above `most`."""
-    if values.shape != (size.B,):
+    if values.array.shape != (size.B,):
         requirement = f"have shape (B,) with B={size.B}"
-        raise value_error(size.operator, f"mask {name}", requirement, values.shape)
-    if most is not None and values.max(initial=0) > most:
-        requirement = f"be at most {bound}"
-        raise value_error(size.operator, f"mask {name}", requirement, int(values.max()))
+        raise value_error(size.operator, f"mask {name}", requirement, values.array.shape)
+    if most is None or isinstance(values, Traced):
+        return
+    largest = int(values.ints.max(initial=0))
+    if largest > most:
+        raise value_error(size.operator, f"mask {name}", f"be at most {bound}", largest)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from .attention import AttentionResult, attention
 from .autodiff import save_results
-from .cross_entropy import (
-    CrossEntropyResult,
-    cross_entropy,
-    softmax_cross_entropy_with_integer_labels,
-)
+from .cross_entropy import CrossEntropyResult, cross_entropy
 from .drop_in import dot_product_attention, flax_attention
 from .linear import linear
 from .linear_cross_entropy import LinearCrossEntropyResult, linear_cross_entropy
+from .losses import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 from .softmax import LogSoftmaxResult, SoftmaxResult, log_softmax, logsumexp, softmax
 from .varlen import attention_varlen
 
@@ -32,5 +29,6 @@ __all__ = [
     "logsumexp",
     "save_results",
     "softmax",
+    "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
 ]

@@ -20,9 +20,10 @@ zero is never made into an array: the function is told that there is no such arg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from ast import literal_eval
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from itertools import chain, compress
 from typing import Any
@@ -36,7 +37,9 @@ from jax.interpreters import ad, batching, mlir, partial_eval, xla
 from tilewise.base.dtypes import is_narrow
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
+from tilewise.dispatch import DEVICE, named
 
+from . import gpu
 from .execution import Function, emit, mark_batch, operators
 
 try:
@@ -73,10 +76,23 @@ def forward(
         options: The other options as the text of a dictionary.
         needed: Which outputs are needed.
     """
+    _check_implementation(operator.name, options)
     missing = len(operator.inputs) - len(inputs)
     groups = [(*inputs, *(None,) * missing)]
     found = _bind(operator, "forward", options, groups, needed + (False,) * len(operator.residuals))
     return tuple(found[: len(needed)])
+
+
+@lru_cache(maxsize=256)
+def _check_implementation(operator: str, options: str) -> None:
+    """Raise where an implementation is named that does not exist, or computes on a GPU alone."""
+    name = literal_eval(options)["implementation"]
+    if name is None:
+        return
+    named(operator, name)
+    if name in DEVICE:
+        reason = "computes on tensors of PyTorch, not on arrays"
+        raise unsupported(operator, f"implementation {name!r}: {reason}")
 
 
 def save_results(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -106,6 +122,9 @@ def _bind(
 def _read(operator: FlatOperator, kind: str, groups: Sequence[Arrays]) -> Sequence[Arrays]:
     """Return the arguments that a function reads; what nothing else reads is never computed."""
     groups = list(groups)
+    if kind != "forward":
+        pairs = zip(groups[-2], operator.reads, strict=True)
+        groups[-2] = tuple([y if read else None for y, read in pairs])
     if kind in ("vjp_jvp", FORWARD_TWICE):
         groups[-1] = _without_kept(operator, groups[-1])
     if kind == "vjp_jvp" and not operator.output_tangents:
@@ -146,19 +165,12 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
         function.leading(arguments),
     )
     leading = jnp.broadcast_shapes(*[a.shape[:extra] for a in avals])
-    if function.kind == "forward":
-        inputs = [None if a is None else tuple(a.shape[extra:]) for a in arguments]
-        shapes = operator.shapes(inputs, function.parsed)
-        wide = jnp.float32 if is_narrow(first.dtype) else first.dtype
-        dtypes = [first.dtype] * operator.narrow_outputs
-        dtypes += [wide] * (len(shapes) - len(dtypes))
-        for i, name in enumerate((*operator.outputs, *operator.residuals)):
-            if name in operator.dtypes:
-                dtypes[i] = _dtype_of(operator.dtypes[name], operator, arguments)
+    inputs = arguments[function.first :][: len(operator.inputs)]
+    if function.kind in ("forward", "jvp", FORWARD_TWICE):
+        shapes, dtypes = _of_outputs(function, inputs, extra)
     else:
-        *_, x, y, _ = function.split(avals)
-        like = y if function.kind in ("jvp", FORWARD_TWICE) else x[: operator.active_inputs]
-        shapes = tuple([() if a is None else tuple(a.shape[extra:]) for a in like])
+        like = inputs[: operator.active_inputs]
+        shapes = [() if a is None else tuple(a.shape[extra:]) for a in like]
         dtypes = [first.dtype if a is None else a.dtype for a in like]
     split = _split(function, arguments, avals)
 
@@ -168,8 +180,24 @@ def _abstract(*avals: Any, function: Function) -> list[Any]:
         sharding = first.sharding.update(spec=spec)
         return first.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
-    results = zip(shapes, dtypes, function.needed, strict=True)
+    # Derivatives of outputs are fewer than outputs and residuals, and the first of them.
+    results = zip(shapes, dtypes, function.needed, strict=False)
     return [result(shape, dtype) for shape, dtype, wanted in results if wanted]
+
+
+def _of_outputs(
+    function: Function, inputs: Arrays, extra: int
+) -> tuple[list[tuple[int, ...]], list[Any]]:
+    """Return shapes and dtypes of outputs and residuals."""
+    operator, dtype = function.operator, inputs[0].dtype
+    given = [None if a is None else tuple(a.shape[extra:]) for a in inputs]
+    shapes = list(operator.shapes(given, function.parsed))
+    dtypes = [dtype] * operator.narrow_outputs
+    dtypes += [jnp.float32 if is_narrow(dtype) else dtype] * (len(shapes) - len(dtypes))
+    for i, name in enumerate((*operator.outputs, *operator.residuals)):
+        if name in operator.dtypes:
+            dtypes[i] = _dtype_of(operator.dtypes[name], operator, inputs)
+    return shapes, dtypes
 
 
 def _dtype_of(source: str, operator: FlatOperator, inputs: Arrays) -> Any:
@@ -399,14 +427,8 @@ def _vmap(arguments: Arrays, dims: Arrays, *, function: Function) -> tuple[list[
 
 
 def _lower(context: Any, *operands: Any, function: Function) -> Any:
-    if function.kind == FORWARD_TWICE and function.operator.jvp_jvp is None:
-        raise unsupported(function.name, "forward mode over forward mode is not provided")
-
-    def program(*given: Any) -> Any:
-        scaled = _scaled(function, context.avals_out, given)
-        return scaled if scaled is not None else emit(function, context.avals_out, *given)
-
-    out = mlir.lower_fun(program, multiple_results=True)(context, *operands)
+    gpu.refuse_on_cpu(function)
+    out = _program(context, operands, function, emit)
     call, shapes = out[0].owner, [a.shape for a in (*context.avals_in, *context.avals_out)]
     batch = _batch(function, function.spread(context.avals_in))
     alike = all([shape[:batch] == shapes[0][:batch] for shape in shapes])
@@ -414,6 +436,22 @@ def _lower(context: Any, *operands: Any, function: Function) -> Any:
     if batch and alike and constant and call.name == "stablehlo.custom_call":
         mark_batch(call, batch)
     return out
+
+
+def _lower_for_cuda(context: Any, *operands: Any, function: Function) -> Any:
+    return _program(context, operands, function, gpu.emit)
+
+
+def _program(context: Any, operands: Arrays, function: Function, emit: Callable[..., Any]) -> Any:
+    """Return the results of a function in the program that is being lowered."""
+    if function.kind == FORWARD_TWICE and function.operator.jvp_jvp is None:
+        raise unsupported(function.name, "forward mode over forward mode is not provided")
+
+    def program(*given: Any) -> Any:
+        scaled = _scaled(function, context.avals_out, given)
+        return scaled if scaled is not None else emit(function, context.avals_out, *given)
+
+    return mlir.lower_fun(program, multiple_results=True)(context, *operands)
 
 
 def _scaled(function: Function, results: Arrays, given: Arrays) -> list[Any] | None:
@@ -459,6 +497,7 @@ def _primitive(kind: str) -> Primitive:
     ad.primitive_jvps[primitive] = _jvp
     batching.primitive_batchers[primitive] = _vmap
     mlir.register_lowering(primitive, _lower, platform="cpu")
+    mlir.register_lowering(primitive, _lower_for_cuda, platform="cuda")
     partial_eval.dce_rules[primitive] = _dce
     if kind == "forward" and _KNOWN:
         # Without it reverse mode goes by `_jvp`: gradients are computed in the backward pass.

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tilewise.base._held import register_traced
+from tilewise.base._lowering import Size
 from tilewise.base.dtypes import FLOATS, NARROW, listed
 from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.base.literals import DENSE, to_literal
-from tilewise.base.masks import Mask, PackedBits, RowIntervals
+from tilewise.base.masks import Mask, PackedBits, RowIntervals, check_dense
 from tilewise.ops.attention.record import MASK_ARRAYS
 from tilewise.ops.attention.spec.arguments import SEED
 
 _MASKS = (Mask, RowIntervals, PackedBits)
+register_traced(jax.core.Tracer)
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,28 @@ def class_indices(operator: str, targets: Any, probabilities: str) -> jax.Array:
     if not jnp.issubdtype(dtype, jnp.integer) or not np.can_cast(dtype, np.int64):
         requirement = "have an integer dtype up to int64"
         raise type_error(operator, "targets", requirement, dtype.name)
-    wide = jnp.int64 if not np.can_cast(dtype, np.int32) else jnp.int32
-    return jnp.asarray(targets).astype(jax.dtypes.canonicalize_dtype(wide))
+    return signed(operator, "targets", targets)
+
+
+def signed(operator: str, name: str, value: Any) -> jax.Array:
+    """Return integers with a sign and as many bits as they need and JAX has, or raise.
+
+    Args:
+        operator: Name of the operator, for the error text.
+        name: Name of the argument.
+        value: Integers of any dtype. What does not fit stays too large.
+    """
+    wide = np.int32 if np.can_cast(value.dtype, np.int32) else np.int64
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(wide))
+    if isinstance(value, np.ndarray) and value.size and value.dtype.itemsize == 8:
+        outside = value[(value < limits.min) | (value > limits.max)]
+        if outside.size:
+            requirement = f"fit {limits.bits} bits (jax_enable_x64 allows 64)"
+            raise value_error(operator, name, requirement, int(outside[0]))
+    found = jnp.asarray(value)
+    if np.iinfo(found.dtype).max > limits.max:
+        found = jnp.minimum(found, found.dtype.type(limits.max))
+    return found.astype(limits.dtype)
 
 
 def seed_words(operator: str, seed: Any, dropout_p: float) -> jax.Array | None:
@@ -113,7 +136,9 @@ def _words(operator: str, seed: jax.Array) -> jax.Array:
     raise type_error(operator, "seed", requirement, got)
 
 
-def mask_arrays(operator: str, mask: Any, sizes: tuple[int, ...]) -> tuple[str, tuple[Any, ...]]:
+def mask_arrays(
+    operator: str, mask: Any, sizes: tuple[int, int, int, int]
+) -> tuple[str, tuple[Any, ...]]:
     """Return a mask as a literal and its arrays.
 
     Args:
@@ -123,9 +148,15 @@ def mask_arrays(operator: str, mask: Any, sizes: tuple[int, ...]) -> tuple[str, 
     """
     if isinstance(mask, Literal):
         return mask.text, mask.arrays
+    size = Size(*sizes, operator)
     if isinstance(mask, _MASKS):
+        if isinstance(mask, Mask):
+            mask.check(size)
         text, arrays = to_literal(mask)
         if len(arrays) > MASK_ARRAYS:
+            if any([isinstance(a, jax.core.Tracer) for a in arrays]):
+                requirement = f"hold at most {MASK_ARRAYS} arrays where one is traced"
+                raise value_error(operator, "mask", requirement, len(arrays))
             assert isinstance(mask, Mask)
             return DENSE, (jnp.asarray(mask.to_bool(*sizes, operator=operator)),)
         return text, tuple([_as_jax(operator, a) for a in arrays])
@@ -135,11 +166,14 @@ def mask_arrays(operator: str, mask: Any, sizes: tuple[int, ...]) -> tuple[str, 
     if mask.dtype != np.bool_:
         requirement = "be a tilewise mask or a boolean array (a mask that is added is a bias)"
         raise type_error(operator, "mask", requirement, f"an array of {mask.dtype}")
+    check_dense(size, mask.shape)
     return DENSE, (jnp.asarray(mask),)
 
 
 def _as_jax(operator: str, held: Any) -> jax.Array:
     """Return the array of a mask; without 64 bits in JAX its numbers must fit into 32."""
+    if isinstance(held, jax.Array):
+        return held
     if held.dtype == np.int64 and not jax.config.jax_enable_x64:
         if held.size and max(abs(int(held.min())), int(held.max())) >= 2**31:
             requirement = "hold numbers below 2**31 where jax_enable_x64 is off"

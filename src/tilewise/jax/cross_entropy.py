@@ -167,26 +167,6 @@ def cross_entropy(
     return CrossEntropyResult(loss, lse, z if return_z_loss else None)
 
 
-def softmax_cross_entropy_with_integer_labels(
-    logits: Array, labels: Array, axis: int = -1
-) -> Array:
-    """Compute the loss of each row as Optax's function of this name does.
-
-    Args:
-        logits: Any shape with an axis of classes; float64, float32, bfloat16 or float16.
-        labels: Class indices, shape of the logits without the classes.
-        axis: The axis of the classes.
-
-    Returns:
-        Shape of labels; dtype of the logits, at least float32.
-
-    Raises:
-        TypeError: An argument has a wrong kind or dtype.
-        ValueError: An argument has a wrong shape.
-    """
-    return cross_entropy(logits, labels, reduction="none", class_axis=axis)
-
-
 def _targets(targets: Any, logits: Array, axis: int) -> Array:
     """Return class indices or class probabilities."""
     if not isinstance(targets, Array | np.ndarray):
@@ -197,8 +177,7 @@ def _targets(targets: Any, logits: Array, axis: int) -> Array:
         raise type_error(NAME, "targets", requirement, str(targets.dtype))
     target_shapes(NAME, targets.shape, logits.shape, axis, indices=indices)
     if indices:
-        wide = jnp.int64 if targets.dtype.itemsize == 8 else jnp.int32
-        return jnp.asarray(targets).astype(wide)
+        return checks.signed(NAME, "targets", targets)
     found = checks.either(NAME, "targets", targets, logits.dtype, "logits")
     assert found is not None
     return found

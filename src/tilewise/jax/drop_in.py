@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from tilewise.base._lowering import Size
 from tilewise.base.errors import type_error, unsupported, value_error
-from tilewise.base.masks import causal, window
+from tilewise.base.masks import causal, check_dense, window
 
 from .attention import attention
 from .checks import Literal
@@ -26,7 +28,7 @@ def dot_product_attention(
     bias: Any = None,
     mask: Any = None,
     *,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     is_causal: bool = False,
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
@@ -46,7 +48,8 @@ def dot_product_attention(
         value: `(B, S, K, Hv)` or `(S, K, Hv)`, dtype of query.
         bias: Broadcasts to `(B, N, T, S)`; added to the logits, with gradient.
         mask: Boolean, broadcasts to `(B, N, T, S)`; True is seen.
-        scale: Factor of `query key^T`; `H ** -0.5` by default.
+        scale: Factor of `query key^T`; `H ** -0.5` by default. One that is traced multiplies query,
+            and has a gradient.
         is_causal: Query i sees the keys up to i, counted from the first one.
         query_seq_lengths: `(B,)` integers: rows behind them are 0.
         key_value_seq_lengths: `(B,)` integers: keys behind them are hidden.
@@ -70,10 +73,9 @@ def dot_product_attention(
     if bias is not None:
         bias = _bias(bias, q)
     lengths = query_seq_lengths, key_value_seq_lengths
-    sizes = *q.shape[:2], k.shape[1]
+    sizes = *q.shape[:3], k.shape[1]
     seen = _mask(mask, is_causal, local_window_size, lengths, sizes)
-    if scale is not None and scale < 0:
-        q, scale = -q, -scale
+    q, scale = _scaled(q, scale)
     o, lse, *_ = attention(
         q,
         k,
@@ -114,7 +116,7 @@ def flax_attention(
         key: `(..., S, K, H)`. K divides N.
         value: `(..., S, K, Hv)`.
         bias: Broadcasts to `(..., N, T, S)`; added to the logits, with gradient.
-        mask: Boolean, broadcasts to `(..., N, T, S)`; True is seen.
+        mask: Broadcasts to `(..., N, T, S)`; what is not 0 is seen. Flax makes masks of floats.
         broadcast_dropout: Not read: every entry of the batch drops pairs of its own.
         dropout_rng: Key of the dropout.
         dropout_rate: Probability with which a pair is left out.
@@ -144,7 +146,8 @@ def flax_attention(
     q, k, v = (
         x.astype(dtype).reshape(math.prod(leading), *x.shape[-3:]) for x in (query, key, value)
     )
-    sizes = *q.shape[:2], k.shape[1]
+    sizes = *q.shape[:3], k.shape[1]
+    seen = None if mask is None else _merged(jnp.asarray(mask) != 0, leading)
     dropped: dict[str, Any] = {}
     if not deterministic and dropout_rate > 0:
         dropped = {"dropout_p": dropout_rate, "seed": dropout_rng}
@@ -152,7 +155,7 @@ def flax_attention(
         q,
         k,
         v,
-        mask=_mask(_merged(mask, leading), is_causal, None, (None, None), sizes),
+        mask=_mask(seen, is_causal, None, (None, None), sizes),
         bias=None if bias is None else _bias(_merged(bias, leading), q),
         layout="bnhd",
         **dropped,
@@ -188,6 +191,20 @@ def _four_dimensional(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
     return q, k, v
 
 
+def _scaled(q: Any, scale: Any) -> tuple[Any, float | None]:
+    """Return queries and the factor of their products, which is a positive number."""
+    if isinstance(scale, jax.Array | np.ndarray):
+        if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.floating):
+            got = f"shape {scale.shape} of {scale.dtype.name}"
+            raise type_error(NAME, "scale", "be a real number", got)
+        if isinstance(scale, jax.core.Tracer):
+            return (q * scale).astype(q.dtype), 1.0
+        scale = float(scale)
+    if scale is not None and scale < 0:
+        return -q, -scale
+    return q, scale
+
+
 def _bias(bias: Any, q: Any) -> Any:
     """Return a bias in a dtype that attention takes."""
     bias = jnp.asarray(bias)
@@ -198,15 +215,15 @@ def _bias(bias: Any, q: Any) -> Any:
 def _mask(
     mask: Any,
     is_causal: bool,
-    local_window_size: int | tuple[int, int] | None,
+    local_window_size: Any,
     lengths: tuple[Any, Any],
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
 ) -> Literal | None:
     """Return the mask of `attention` that means what the arguments mean, or None.
 
-    Sizes are the batch, and how many queries and keys there are.
+    Sizes are the batch, and how many queries, heads and keys there are.
     """
-    batch, queries, keys = sizes
+    batch, queries, heads, keys = sizes
     texts: list[str] = []
     arrays: list[Any] = []
 
@@ -218,6 +235,9 @@ def _mask(
         texts.append(repr(causal(align="top_left")))
     if local_window_size is not None:
         reach = local_window_size
+        if not isinstance(reach, int | tuple | list):
+            got = type(reach).__name__
+            raise type_error(NAME, "local_window_size", "be an integer or a pair of them", got)
         left, right = (reach, reach) if isinstance(reach, int) else reach
         texts.append(repr(window(left, right, align="top_left")))
     if mask is not None:
@@ -225,6 +245,7 @@ def _mask(
         if mask.dtype != np.bool_:
             requirement = "have dtype bool (a mask that is added is a bias)"
             raise type_error(NAME, "mask", requirement, mask.dtype.name)
+        check_dense(Size(batch, heads, queries, keys, NAME), mask.shape)
         texts.append(f"dense({name(mask)})")
     names = ("query_seq_lengths", "key_value_seq_lengths")
     of_q, of_k = (_lengths(n, x, batch) for n, x in zip(names, lengths, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
@@ -229,7 +230,7 @@ def _arrays(hidden: Any, weight: Any, bias: Any, class_weight: Any) -> tuple[Any
     if hidden.ndim == 0:
         raise value_error(NAME, "hidden", "have shape (..., C)", ())
     sizes = Sizes(NAME, LIMITS)
-    sizes.bind("C", hidden.shape[-1], "hidden")
+    sizes.match("hidden", (("T", "C"),), (math.prod(hidden.shape[:-1]), hidden.shape[-1]))
     sizes.match("weight", WEIGHT.shapes, weight.shape)
     for name, array in (("bias", bias), ("class_weight", counts)):
         if array is not None:

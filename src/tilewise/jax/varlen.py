@@ -140,6 +140,7 @@ def attention_varlen(
     for name, x in (("q", q), ("k", k), ("v", v), ("sinks", given[1]), ("alibi_slopes", given[2])):
         if x is not None:
             sizes.match(name, SHAPES[PACKED][name], x.shape)
+    _check_shapes(starts, starts_k, given[0], q.shape)
     dropout_p = DROPOUT.check(PACKED_NAME, dropout_p)
     options = {
         "mask": None if mask is None else to_literal(check_mask(mask))[0],
@@ -159,6 +160,23 @@ def attention_varlen(
         found: Array = o
         return found
     return AttentionResult(o, lse if return_lse else None, max_logit, entropy)
+
+
+def _check_shapes(starts: Array, starts_k: Array | None, bias: Any, q: tuple[int, ...]) -> None:
+    """Raise where shapes are wrong that do not follow from those of the tensors."""
+    if starts_k is not None and starts_k.shape != starts.shape:
+        requirement = f"have {starts.size} entries (as cu_seqlens_q)"
+        raise value_error(PACKED_NAME, "cu_seqlens_k", requirement, starts_k.size)
+    total, heads = q[:2]
+    if bias is None:
+        return
+    if (
+        bias.ndim not in (2, 3)
+        or bias.shape[-2] != total
+        or bias.shape[:-2] not in ((), (1,), (heads,))
+    ):
+        requirement = f"have shape (H or 1, total_q, max_k or 1) with H={heads}, total_q={total}"
+        raise value_error(PACKED_NAME, "bias", requirement, bias.shape)
 
 
 def _starts(name: str, cu_seqlens: Any) -> Array:

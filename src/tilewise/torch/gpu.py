@@ -7,10 +7,8 @@ kernels get is the validated call with the tensors in their places.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -23,18 +21,14 @@ from numpy.typing import NDArray
 
 from tilewise.base.dtypes import bfloat16
 from tilewise.base.errors import unsupported
-from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator, Implementation
+from tilewise.base.operator import FlatOperator, Implementation
 from tilewise.dispatch import DEVICE, TABLE, device_implementation, evaluate_by
+from tilewise.shared import stand_ins
 
 Array = NDArray[Any]
 Tensors = tuple[Any, ...]
 
-_ALIGNMENT = 64
-_FIRST_REGION = 1 << 32
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_FUNCTIONS = (*KINDS, "forward_jvp", FORWARD_TWICE)
 _uploads: dict[tuple[int, torch.device], tuple[ref[Any], Any]] = {}
-_regions: list[tuple[mmap.mmap, int]] = []
 
 
 @cache
@@ -106,78 +100,27 @@ def adapted(
         to_tensor: What to give it for an array of a call.
         to_array: What to return for a tensor of its results.
     """
-
-    def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            given = [_mapped(x, np.ndarray, to_tensor) for x in arguments]
-            reason = implementation.refuses(given[0])
-            if reason is not None:
-                raise unsupported(operator, f"implementation {implementation.name!r}: {reason}")
-            return _mapped(function(*given), torch.Tensor, to_array)
-
-        return run
-
-    own = {kind: getattr(implementation, kind) for kind in _FUNCTIONS}
-    functions: dict[str, Any] = {k: None if f is None else on_arrays(f) for k, f in own.items()}
-    # What it refuses is asked with tensors, above.
-    return replace(implementation, **functions, refuses=lambda call: None)
+    return stand_ins.adapted(operator, implementation, torch.Tensor, to_tensor, to_array)
 
 
-class _Stage:
+class _Stage(stand_ins.Stage):
     """Arrays that stand in for the tensors of one call, and the way back to the tensors."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._region, self._base = _region(_FIRST_REGION)
-        self._end = 0
-        self._places: list[tuple[int, int, Any]] = []
-        self._regions = [self._region]
+        def new(array: Array) -> Any:
+            if array.size:
+                return _uploaded(array, device)
+            return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=device)
 
-    def stand_in(self, tensor: Any) -> Array | None:
-        """Return an array of zeros with the shape, the strides and the dtype of a tensor."""
-        if tensor is None:
-            return None
-        dtype, size = _dtype(tensor.dtype), tensor.element_size()
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        extent = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * step for n, step in steps)
-        start, taken = self._end, max(extent * size, 1)
-        self._end += -(-taken // _ALIGNMENT) * _ALIGNMENT
-        if self._end > len(self._region):
-            # What stands already keeps its own region.
-            self._region, self._base = _region(2 * self._end)
-            self._regions.append(self._region)
-        strides = [size * step for step in tensor.stride()]
-        array: Array = np.ndarray(tuple(tensor.shape), dtype, self._region, start, strides)
-        self._places.append((self._base + start, taken, tensor))
-        return array
+        super().__init__(_dtype, new)
 
     def copy(self, tensor: Any) -> Array | None:
         """Return an array with the entries of a tensor; of one on a GPU they are waited for."""
         if tensor is None:
             return None
         array: Array = tensor.cpu().contiguous().numpy()
-        self._places.append((_address(array), max(array.nbytes, 1), tensor.contiguous()))
+        self.place(array, tensor.contiguous(), max(array.nbytes, 1))
         return array
-
-    def tensor(self, array: Array) -> Any:
-        """Return what an array stands for: a tensor, a view of one, or a new one on the device.
-
-        Raises:
-            RuntimeError: The array holds numbers that were computed from stand-ins.
-        """
-        at = _address(array)
-        for start, taken, tensor in self._places:
-            if start <= at < start + taken and array.size:
-                size = array.itemsize
-                strides = [step // size for step in array.strides]
-                if at == start and array.shape == tuple(tensor.shape):
-                    return tensor if list(tensor.stride()) == strides else _view(tensor, array, 0)
-                return _view(tensor, array, (at - start) // size)
-        if array.size == 0:
-            return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=self._device)
-        if array.dtype.kind not in "iub":
-            raise RuntimeError(f"a stand-in of {array.dtype} was copied")
-        return _uploaded(array, self._device)
 
 
 def _run_one(
@@ -255,26 +198,6 @@ def _readable(tensor: Any, operator: FlatOperator) -> Any:
     return tensor.contiguous()
 
 
-def _mapped(value: Any, kind: type, f: Callable[[Any], Any]) -> Any:
-    """Return a value with f of everything of a kind in it: in tuples and dataclasses too."""
-    if isinstance(value, kind):
-        return f(value)
-    if isinstance(value, tuple):
-        parts = [_mapped(part, kind, f) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in fields(value)}
-        new = {name: _mapped(part, kind, f) for name, part in old.items()}
-        if any([new[name] is not old[name] for name in old]):
-            return type(value)(**new)
-    return value
-
-
-def _view(tensor: Any, array: Array, offset: int) -> Any:
-    strides = [step // array.itemsize for step in array.strides]
-    return tensor.as_strided(array.shape, strides, tensor.storage_offset() + offset)
-
-
 def _uploaded(array: Array, device: torch.device) -> Any:
     """Return integers on the device, such as a lowered mask, which calls share."""
     key = id(array), device
@@ -287,19 +210,6 @@ def _uploaded(array: Array, device: torch.device) -> Any:
         _uploads.pop(old, None)
     _uploads[key] = ref(array), tensor
     return tensor
-
-
-def _region(size: int) -> tuple[mmap.mmap, int]:
-    """Return at least so many bytes that are zero and take no memory, and their address."""
-    if not _regions or len(_regions[-1][0]) < size:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        region = mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ)
-        _regions.append((region, _address(np.frombuffer(region, np.uint8, 1))))
-    return _regions[-1]
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 @cache

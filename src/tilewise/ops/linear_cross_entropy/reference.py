@@ -97,20 +97,22 @@ def forward64(call: LossCall) -> Exact:
         loss = A log_l + sum t (m - s) + zeta lse^2       0 where the token is ignored
         entropy = log_l - sum p (s - m)
 
-    The loss is `A lse - sum t s + zeta lse^2`, summed so that a large m leaves it its digits.
+    The loss is `A lse - sum t s + zeta lse^2`, summed so that a large m leaves it its digits. Where
+    all classes are absent, `m = lse = -inf`, and loss, entropy and log_l are 0.
     """
     with np.errstate(all="ignore"):
         s = _logits(call).s
         t, A = _targets(call)
         m = s.max(axis=1)
-        gap = s - m[:, None]
+        empty = np.isneginf(m)
+        gap = s - np.where(empty, 0.0, m)[:, None]
         w = np.exp(gap)
-        l = w.sum(axis=1)
+        l = np.where(empty, 1.0, w.sum(axis=1))
         log_l = np.log(l)
         lse = m + log_l
         loss = A * log_l - _weighted(t, gap) + call.z_loss * lse**2
         entropy = log_l - _weighted(w, gap) / l
-        loss = np.where(call.kept, loss, 0.0)
+        loss = np.where(call.kept & ~empty, loss, 0.0)
         return Exact(loss, m, log_l, entropy, s.argmax(axis=1), _weighted(t, s), A)
 
 
@@ -254,11 +256,12 @@ def _row(call: LossCall, stats: LossStats, *cotangents: CotangentCall | SecondCa
     if cotangents and isinstance(cotangents[0], CotangentCall):
         A = A if cotangents[0].mass is None else cotangents[0].mass.astype(np.float64)
     m, log_l = stats.m.astype(np.float64), stats.log_l.astype(np.float64)
-    live = reached(call, *cotangents) if cotangents else np.ones(call.tokens, np.bool_)
+    some = ~np.isneginf(m)
+    live = some & reached(call, *cotangents) if cotangents else some
     log_p = (s - m[:, None]) - log_l[:, None]
     p = np.exp(log_p)
     surprise = np.where(p == 0, 0.0, p * (log_p - _weighted(p, log_p)[:, None]))
-    keep = live[:, None]
+    keep, t = live[:, None], np.where(some[:, None], t, 0.0)
     return _Row(
         hidden=np.where(keep, hidden, 0.0),
         weight=weight,

@@ -6,12 +6,10 @@ The arrays of such a call are tensors of a framework here: with `shape`, `stride
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import triton
 
 from tilewise.base.masks import RowIntervals
 from tilewise.base.operator import Implementation
@@ -29,17 +27,17 @@ from tilewise.ops.attention.spec import (
     TangentCall,
     Want,
 )
+from tilewise.shared import triton_launch
 from tilewise.shared.launch import LaunchPlan
+from tilewise.shared.triton_launch import INTERPRETS, architecture
 
 from .kernels.backward import attention_delta_kernel, attention_dkv_kernel, attention_dq_kernel
 from .kernels.forward import attention_fwd_kernel
 from .kernels.sums import attention_dbias_kernel, attention_dsinks_kernel
 from .kernels.tangents import attention_jvp_kernel
 from .kernels.tiles import attention_bounds_kernel
-from .plan import INTERPRETER, padded, plan
-
-INTERPRETS = not isinstance(attention_fwd_kernel, triton.JITFunction)
-"""Whether Triton interprets its kernels, on the CPU, instead of compiling them."""
+from .packed import packed_count, packed_of
+from .plan import padded, plan, tiles_of
 
 Tensor = Any
 _compute_dtypes: dict[Any, Any] = {}
@@ -208,6 +206,7 @@ def _dk_dv(
         attention_dkv_kernel,
         chosen,
         call,
+        True,
         **given,
         dk=dk,
         dv=dv,
@@ -225,15 +224,17 @@ def _dbias(call: AttentionCall, prefix: str, given: dict[str, Any]) -> Tensor:
     dbias = bias.new_zeros(bias.shape, dtype=wide(call))
     chosen = planned(call, prefix + "dbias")
     own = [size != 1 for size in bias.shape]
+    # Of packed sequences it has a row for each query, and a column for each key of the longest.
+    packed = call.sequences is not None
+    own[2], keys = own[2] or packed, bias.shape[3] if packed else call.Nk
     BM, BN = chosen.constants["BM"], chosen.constants["BN"]
-    places = (call.B, call.H, -(-call.N // BM), -(-call.Nk // BN))
+    places = (call.B, call.H, tiles_of(call.N, BM, packed_count(call)), tiles_of(keys, BN))
     programs = [place for place, apart in zip(places, own, strict=True) if apart]
     if dbias.numel():
         launch(
             attention_dbias_kernel,
             replace(chosen, grid=(max(1, int(np.prod(programs))),)),
-            **pairs(call, chosen),
-            **given,
+            **pairs(call, chosen) | given | {"Nk": keys},
             B=call.B,
             **bias_of("dbias", dbias),
             **dict(zip(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K"), own, strict=True)),
@@ -299,7 +300,8 @@ def planned(call: AttentionCall, kind: str) -> LaunchPlan:
         D=call.D,
         Dv=call.Dv,
         dtype=call.dtype.name,
-        arch=architecture(call.q.device),
+        arch=architecture(),
+        sequences=packed_count(call),
         crowded=_is_crowded(call),
     )
 
@@ -310,31 +312,33 @@ def _is_crowded(call: AttentionCall) -> bool:
     return call.dropout_p > 0 or any([option is not None for option in given])
 
 
-def architecture(device: Any) -> str:
-    """Return the architecture that kernels run on."""
-    if INTERPRETS:
-        return INTERPRETER
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-
-
 def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:
     """Run a kernel as its plan says, with those of the arguments that it takes."""
-    if 0 in chosen.grid:
-        return
     given = arguments | dict(chosen.constants)
-    with np.errstate(all="ignore") if INTERPRETS else nullcontext():
-        kernel[chosen.grid](**{name: given[name] for name in kernel.arg_names}, **chosen.options)
+    taken = {name: given[name] for name in kernel.arg_names}
+    triton_launch.launch(kernel, replace(chosen, constants={}), taken)
 
 
 def launch_carefully(
-    kernel: Any, chosen: LaunchPlan, call: AttentionCall, **arguments: Any
+    kernel: Any,
+    chosen: LaunchPlan,
+    call: AttentionCall,
+    of_keys: bool = False,
+    /,
+    **arguments: Any,
 ) -> None:
     """Run a kernel and, where pairs may be hidden, once more for the programs that it spoiled.
 
     Those are few or none: the second run ends at once for the others.
+
+    Args:
+        kernel: The kernel.
+        chosen: Its plan.
+        call: The call.
+        of_keys: As for `pairs`.
+        **arguments: What else it takes.
     """
-    given = pairs(call, chosen) | arguments
+    given = pairs(call, chosen, of_keys) | arguments
     # Rows whose every bias is -inf are hidden, too.
     hides = call.mask is not None or call.bias is not None
     given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=_int32(call)) if hides else None
@@ -343,10 +347,18 @@ def launch_carefully(
         launch(kernel, chosen, **given, HIDES=hides, CAREFUL=True)
 
 
-def pairs(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
-    """Return what every kernel takes that computes the probabilities of pairs."""
+def pairs(call: AttentionCall, chosen: LaunchPlan, of_keys: bool = False) -> dict[str, Any]:
+    """Return what every kernel takes that computes the probabilities of pairs.
+
+    Args:
+        call: The call.
+        chosen: The plan of the kernel.
+        of_keys: Whether its programs own tiles of keys, and not of queries.
+    """
     factor = call.keep_factor
+    packed = packed_of(call, chosen.constants["BN" if of_keys else "BM"], of_keys)
     return {
+        **packed,
         "q": call.q,
         "k": call.k,
         "v": call.v,
@@ -361,7 +373,7 @@ def pairs(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
         **strides("v", call.v),
         **bias_of("bias", call.bias),
         "slopes_stride_b": step(call.alibi_slopes, 0),
-        **mask_of(call, chosen),
+        **mask_of(call, chosen.constants["BM"], None if of_keys else packed),
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 1.0),
         "first_entry": call.first_entry,
@@ -395,8 +407,14 @@ def step(x: Tensor | None, dim: int) -> int:
     return 0 if x is None or x.shape[dim] == 1 else int(x.stride(dim))
 
 
-def mask_of(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
-    """Return the mask as the kernels read it, with the map of its tiles."""
+def mask_of(call: AttentionCall, BM: int, packed: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the mask as the kernels read it, with the map of its tiles.
+
+    Args:
+        call: The call.
+        BM: Queries of a tile.
+        packed: `packed_of(call, BM)`, or None where it is not known yet.
+    """
     lowered = call.mask
     if lowered is None:
         return {"mask": None, "tiles": None, "mask_stride_b": 0, "mask_stride_h": 0, "MASK": 0}
@@ -404,7 +422,7 @@ def mask_of(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
     tiles: Any
     if isinstance(lowered, RowIntervals):
         mask, kind = lowered.rows, 1
-        tiles = bounds_of(mask, call.N, chosen.constants["BM"])
+        tiles = bounds_of(call, mask, BM, packed or packed_of(call, BM))
     else:
         mask, tiles, kind = lowered.bits, lowered.tiles, 2
     Bm, Hm = mask.shape[:2]
@@ -412,14 +430,14 @@ def mask_of(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
     return {"mask": mask, "tiles": tiles, **parts, "MASK": kind}
 
 
-def bounds_of(mask: Tensor, N: int, BM: int) -> Tensor:
-    """Return which keys each tile of queries sees, `(Bm, Hm, ceil(N / BM), 8)`."""
+def bounds_of(call: AttentionCall, mask: Tensor, BM: int, packed: dict[str, Any]) -> Tensor:
+    """Return which keys each tile of queries sees, `(Bm, Hm, tiles, 8)`."""
     Bm, Hm = mask.shape[:2]
-    tiles = -(-N // BM)
+    tiles = tiles_of(call.N, BM, packed_count(call))
     bounds = mask.new_empty((Bm, Hm, tiles, 8))
     if Bm * Hm * tiles:
         chosen = LaunchPlan((tiles, Bm * Hm), {"BM": BM})
-        launch(attention_bounds_kernel, chosen, rows=mask, N=N, bounds=bounds)
+        launch(attention_bounds_kernel, chosen, **packed, rows=mask, N=call.N, bounds=bounds)
     return bounds
 
 
@@ -438,9 +456,10 @@ def wide(call: AttentionCall) -> Any:
 
 def _int32(call: AttentionCall) -> Any:
     """Return the framework's dtype of 32-bit integers."""
-    if "int32" not in _compute_dtypes:
-        _compute_dtypes["int32"] = _like(call).new_empty(0).int().dtype
-    return _compute_dtypes["int32"]
+    key = "int32", type(call.q)
+    if key not in _compute_dtypes:
+        _compute_dtypes[key] = _like(call).new_empty(0).int().dtype
+    return _compute_dtypes[key]
 
 
 def rows(call: AttentionCall) -> Tensor:
@@ -460,8 +479,6 @@ def refuses(call: AttentionCall) -> str | None:
     """Return why a call is not served, or None."""
     if isinstance(_like(call), np.ndarray):
         return "computes on tensors of PyTorch, not on arrays"
-    if call.sequences is not None:
-        return "takes no packed sequences yet"
     if call.paging is not None:
         return "reads no keys in pages yet"
     return None

@@ -14,10 +14,18 @@ INTERPRETER = "interpreter"
 _ROUNDED, _WIDE, _SPLIT = 0, 1, 2
 _LEAST = 16  # the smallest extent of a product
 
+PLACES = 128
+"""How many places of a packed sequence are written at once."""
+
 
 def padded(size: int) -> int:
     """Return the power of two that a tile has for an extent."""
     return max(_LEAST, 1 << (size - 1).bit_length())
+
+
+def tiles_of(rows: int, extent: int, sequences: int | None = None) -> int:
+    """Return how many tiles there are of so many rows; for packed sequences, places for them."""
+    return -(-rows // extent) if sequences is None else rows // extent + sequences
 
 
 def plan(
@@ -29,6 +37,7 @@ def plan(
     Dv: int,
     dtype: str,
     arch: str = "sm_90",
+    sequences: int | None = None,
     crowded: bool = False,
 ) -> LaunchPlan:
     """Return how one kernel is launched.
@@ -41,12 +50,13 @@ def plan(
         Dv: Entries of a value.
         dtype: Name of the dtype of q.
         arch: "sm_80", "sm_90", "sm_100", "gfx942" or `INTERPRETER`.
+        sequences: How many are packed in these rows, or None.
         crowded: Whether there is a bias, a soft cap, dropout or ALiBi.
     """
     DP, DVP = padded(D), padded(Dv)
     cut = _tile(kind, max(DP, DVP), dtype, arch, crowded=crowded)
     tile = cut.BN if kind.endswith("dkv") else cut.BM
-    grid = (-(-rows // tile) * heads,)
+    grid = (tiles_of(rows, tile, sequences) * heads,)
     constants = {"BM": cut.BM, "BN": cut.BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
     most = _MOST if cut.greedy and arch.startswith("sm_") else None
     return LaunchPlan(grid, constants, cut.num_warps, cut.num_stages, most)
@@ -119,6 +129,7 @@ _CROWDED: dict[str, dict[int, Tile]] = {
     "fwd gfx942": {0: Tile(128, 32, 8), 1: Tile(64, 64, 4)},
     "dq": {0: Tile(64, 32, 4), 1: Tile(32, 32, 4)},
     "dkv": {0: Tile(16, 64, 4, greedy=True), 1: Tile(16, 32, 8)},
+    "dkv sm_80": {0: Tile(32, 32, 4)},
     "jvp": {0: Tile(64, 16, 4)},
     "second_dq": {0: Tile(64, 16, 4)},
     "second_dq sm_80": {0: Tile(32, 16, 8)},
@@ -175,6 +186,23 @@ def planned(arch: str) -> Iterator[Compilation]:
     yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
     for kind in ("bounds", "delta", "dsinks"):
         yield _compilation(kind, 64, "bfloat16", arch, {})
+    yield from _planned_packed(arch, passes, every)
+
+
+def _planned_packed(
+    arch: str, passes: tuple[str, ...], every: Mapping[str, Any]
+) -> Iterator[Compilation]:
+    """List what is compiled of packed sequences."""
+    packed: dict[str, Any] = {"PACKED": True}
+    for D in (64, 128):
+        for kind in passes:
+            yield _compilation(kind, D, "bfloat16", arch, {"MASK": 1, **packed})
+    for kind in ("fwd", "dq", "dkv"):
+        yield _compilation(kind, 64, "bfloat16", arch, packed)
+    for kind in ("fwd", "dbias"):
+        yield _compilation(kind, 64, "bfloat16", arch, {**every, **packed})
+    for kind in ("bounds", "sequences"):
+        yield _compilation(kind, 64, "bfloat16", arch, packed)
 
 
 _OPTIONS = ("BIAS", "ALIBI", "SOFTCAP", "SINKS", "DROPOUT")
@@ -189,6 +217,7 @@ _MODULES = {
     "dbias": "sums",
     "dsinks": "sums",
     "bounds": "tiles",
+    "sequences": "sequences",
 }
 _POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _NUMBERS = {"scale": "fp64", "softcap": "fp64", "factor": "fp64"} | dict.fromkeys(
@@ -207,7 +236,7 @@ _ABSENT = {
     "tq": "T_Q", "tk": "T_K", "tv": "T_V", "tdo": "TDO", "o_full": "O_FULL", "lse": "LSE",
     "max_logit": "MAX_LOGIT", "entropy_out": "ENTROPY", "mask": "MASK", "tiles": "MASK",
     "spoiled": "HIDES", "dlse": "DLSE", "tdlse": "TDLSE", "tdelta": "SECOND",
-    "tdelta_out": "SECOND",
+    "tdelta_out": "SECOND", "order": "PACKED", "q_starts": "PACKED", "k_starts": "PACKED",
 }  # fmt: skip
 """The constant that says whether a pointer is given."""
 
@@ -223,6 +252,7 @@ def _compilation(
     chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch, crowded=crowded)
     given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
     given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
+    given |= {"EXTENT": 64, "BLOCK": PLACES}
     given |= dict.fromkeys((*_OPTIONS, "MASK"), False) | {"SECOND": second, "D": D, "DV": D}
     given |= dict.fromkeys(_TANGENTS, second or base == "jvp")
     given |= dict(options) | dict(chosen.constants)
@@ -264,6 +294,8 @@ def _type_of(name: str, dtype: str, mask: int) -> str:
         return _POINTERS[dtype]
     if name in _OF_ROWS:
         return "*fp64" if dtype == "float64" else "*fp32"
+    if name in ("starts", "order", "q_starts", "k_starts"):
+        return "*i64"
     if name in ("mask", "tiles", "rows", "bounds", "spoiled"):
         bits = {"mask": "*i16", "tiles": "*u8"}
         return bits.get(name, "*i32") if mask == 2 else "*i32"

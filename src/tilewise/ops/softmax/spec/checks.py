@@ -200,7 +200,10 @@ def sink_number(name: str, value: object) -> float:
     """Return a sink that is one number, or raise."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise type_error(name, "sink", "be a number or an array", type(value).__name__)
-    return float(value)
+    sink = float(value)
+    if not sink < np.inf:
+        raise value_error(name, "sink", "be finite or -inf", sink)
+    return sink
 
 
 def check_sink(name: str, sink: Array) -> None:

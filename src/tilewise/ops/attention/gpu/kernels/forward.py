@@ -18,6 +18,7 @@ from tilewise.shared.triton_math import (
     weigh_attended,
 )
 
+from .sequences import bounds_of, tile_of
 from .tiles import (
     BITS,
     BOUNDS,
@@ -132,7 +133,7 @@ def _forward_tile(
     return m, l, acc, entropy
 
 
-@triton.jit(do_not_specialize=["N", "Nk", "first_entry", "seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["N", "Nk", "S", "first_entry", "seed_low", "seed_high", "threshold"])
 def attention_fwd_kernel(
     q,
     k,
@@ -146,6 +147,10 @@ def attention_fwd_kernel(
     group,
     N,
     Nk,
+    S,
+    order,
+    q_starts,
+    k_starts,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -182,6 +187,7 @@ def attention_fwd_kernel(
     stride_on,
     D: tl.constexpr,
     DV: tl.constexpr,
+    PACKED: tl.constexpr,
     MASK: tl.constexpr,
     BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -206,29 +212,40 @@ def attention_fwd_kernel(
     Programs whose result is not finite say so in `spoiled`. CAREFUL, run after that, computes
     those tiles again, so that what is hidden from a row and not finite does not reach it.
     """
+    dtype: tl.constexpr = m_out.dtype.element_ty
+    total = N
+    b, h, entry, tile, first_i, first_j, N, Nk = tile_of(
+        tl.program_id(0), H, N, Nk, S, order, q_starts, k_starts, BM, False, PACKED
+    )
+    start_i = tile * BM
+    if PACKED and start_i >= N:
+        return
     if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
         return
-    dtype: tl.constexpr = m_out.dtype.element_ty
-    query_tiles = (N + BM - 1) // BM
-    tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
-    b, h = at // H, at % H
-    start_i = tile * BM
-    k = part_of(k, b, h // group, stride_kb, stride_kh)
-    v = part_of(v, b, h // group, stride_vb, stride_vh)
+    k = part_of(k, b, h // group, first_j, stride_kb, stride_kh, stride_kn)
+    v = part_of(v, b, h // group, first_j, stride_vb, stride_vh, stride_vn)
     slope, part = number(0.0, dtype), (b * mask_stride_b + h * mask_stride_h).to(tl.int64)
     bounds = tiles
     if BIAS:
-        bias = part_of(bias, b, h, bias_stride_b, bias_stride_h)
+        bias = part_of(bias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
     if ALIBI:
-        slope = tl.load(slopes + b * slopes_stride_b + h).to(dtype)
+        slope = tl.load(slopes + entry * slopes_stride_b + h).to(dtype)
     if MASK == INTERVALS:
-        mask, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
+        mask = mask + (part * total + first_i) * 4
+        bounds = bounds_of(tiles, part, entry, first_i, total, BM, BOUNDS, PACKED)
     if MASK == BITS:
         words = (N + 15) // 16
         mask, bounds = mask + part * Nk * words, tiles + part * words * ((Nk + 63) // 64)
 
     q_tile = load_rows(
-        part_of(q, b, h, stride_qb, stride_qh), start_i, N, stride_qn, BM, D, DP, True
+        part_of(q, b, h, first_i, stride_qb, stride_qh, stride_qn),
+        start_i,
+        N,
+        stride_qn,
+        BM,
+        D,
+        DP,
+        True,
     )  # [BM, DP]
     m = tl.full([BM], -INF, dtype)
     l = tl.zeros([BM], dtype)
@@ -268,7 +285,7 @@ def attention_fwd_kernel(
                         scale,
                         softcap,
                         h,
-                        first_entry + b,
+                        first_entry + entry,
                         seed_low,
                         seed_high,
                         threshold,
@@ -299,7 +316,7 @@ def attention_fwd_kernel(
         tl.store(spoiled + tl.program_id(0), any_not_finite(acc).to(tl.int32))
     i = start_i + tl.arange(0, BM)
     inside = i < N
-    row = at.to(tl.int64) * N + i
+    row = (b * H + h).to(tl.int64) * total + first_i + i
     if MAX_LOGIT:
         # Maxima may pass over NaN, sums do not.
         top = tl.where((l != l) & (m != INF), l, natural(m))
@@ -327,7 +344,8 @@ def attention_fwd_kernel(
         value = tl.where(alive, log_l - LN2 * (entropy / l), 0.0)
         tl.store(entropy_out + row, value, mask=inside)
     acc = acc / l[:, None]
-    store_rows(part_of(o, b, h, stride_ob, stride_oh), acc, start_i, N, stride_on, BM, DV, DVP)
+    o = part_of(o, b, h, first_i, stride_ob, stride_oh, stride_on)
+    store_rows(o, acc, start_i, N, stride_on, BM, DV, DVP)
     if O_FULL:
-        o_full = part_of(o_full, b, h, stride_ob, stride_oh)
+        o_full = part_of(o_full, b, h, first_i, stride_ob, stride_oh, stride_on)
         store_rows(o_full, acc, start_i, N, stride_on, BM, DV, DVP)
