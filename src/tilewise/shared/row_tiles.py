@@ -40,21 +40,25 @@ class RowTiles:
         return LaunchPlan(grid, {"BLOCK_R": self.block_r, "BLOCK_C": self.block_c}, self.num_warps)
 
 
-def row_tiles(C: int, I: int, *, entries: int) -> RowTiles:
+def row_tiles(C: int, I: int, *, entries: int, itemsize: int) -> RowTiles:
     """Return the tiles for rows of C entries.
 
     Args:
         C: Entries of a row.
         I: Rows that lie side by side behind the row's axis.
-        entries: Entries of a tile at most, a power of two from 1024 on.
+        entries: Entries of 4 bytes of a tile at most, a power of two from 2048 on.
+        itemsize: Bytes of an entry.
     """
+    # Of 8 bytes a thread has half as many, for each takes two registers.
+    halved = 2 if itemsize == 8 else 1
+    entries //= halved
     inner = I >= 16
     block_r = 32 if inner else 1
     block_c = min(power_of_two(C), entries // block_r)
     if not inner:
         # Short rows share a program, so that each thread has some entries.
         block_r = max(1, 1024 // block_c)
-    warps = min(16, max(1, block_r * block_c // 512))
+    warps = min(16, max(1, block_r * block_c * halved // 512))
     return RowTiles(inner, block_r, block_c, max(1, -(-C // block_c)), warps)
 
 

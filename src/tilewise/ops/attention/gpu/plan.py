@@ -90,20 +90,19 @@ def _tile(kind: str, width: int, dtype: str, arch: str, *, crowded: bool) -> Til
     if arch == INTERPRETER:
         return Tile(64, 64, 4)
     size = 0 if width <= 64 else 1 if width <= 128 else 2
-    tables = [_TILES]
     if dtype in ("float32", "float64"):
-        tables = [_FULL]
+        tables = [_CROWDED_FULL, _FULL] if crowded else [_FULL]
     elif dtype == "float16":
-        tables = [_HALF, _TILES]
-    if crowded:
-        tables = [_CROWDED_FULL if tables == [_FULL] else _CROWDED, *tables]
+        tables = [_CROWDED_HALF, _CROWDED, _HALF, _TILES] if crowded else [_HALF, _TILES]
+    else:
+        tables = [_CROWDED, _TILES] if crowded else [_TILES]
     kind = kind.replace("dbias", "dq")
     for table in tables:
         for name in (f"{kind} {arch}", kind, "other"):
             found = table.get(name, {}).get(size)
             if found is not None:
                 return found
-    raise AssertionError(kind)
+    return _TILES["dq"][size]  # what has no products has no tile of its own
 
 
 _TILES: dict[str, dict[int, Tile]] = {
@@ -124,6 +123,12 @@ architecture."""
 _HALF: dict[str, dict[int, Tile]] = {"dq": {0: Tile(64, 32, 4)}, "dkv": {0: Tile(32, 32, 4)}}
 """For float16, whose gradients are multiplied in float32."""
 
+_CROWDED_HALF: dict[str, dict[int, Tile]] = {
+    "dq": {0: Tile(32, 32, 4)},
+    "dkv": {0: Tile(16, 32, 4)},
+}
+"""For those with options that take registers themselves."""
+
 _CROWDED: dict[str, dict[int, Tile]] = {
     "fwd": {1: Tile(128, 32, 8, 2)},
     "fwd gfx942": {0: Tile(128, 32, 8), 1: Tile(64, 64, 4)},
@@ -136,7 +141,7 @@ _CROWDED: dict[str, dict[int, Tile]] = {
     "second_dkv": {0: Tile(32, 16, 8, greedy=True)},
     "second_dkv gfx942": {0: Tile(16, 32, 4)},
 }
-"""With options that take registers themselves, in 16 bits."""
+"""For 16 bits with such options."""
 
 _FULL: dict[str, dict[int, Tile]] = {
     "other": {0: Tile(16, 32, 4), 1: Tile(16, 16, 4), 2: Tile(16, 16, 4)},
@@ -145,8 +150,8 @@ _FULL: dict[str, dict[int, Tile]] = {
 }
 """For float32 and float64."""
 
-_CROWDED_FULL: dict[str, dict[int, Tile]] = {}
-"""For float32 and float64 with such options."""
+_CROWDED_FULL: dict[str, dict[int, Tile]] = {"dkv": {0: Tile(16, 32, 4)}}
+"""For those with options that take registers themselves."""
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
@@ -181,8 +186,14 @@ def planned(arch: str) -> Iterator[Compilation]:
         yield _compilation(kind, 64, "bfloat16", arch, {})
         yield _compilation(kind, 64, "float16", arch, causal)
         yield _compilation(kind, 64, "float32", arch, causal)
+        yield _compilation(kind, 128, "bfloat16", arch, every)
+        yield _compilation(kind, 64, "float16", arch, every)
+        yield _compilation(kind, 64, "float32", arch, every)
     for kind in (*passes, "dbias"):
         yield _compilation(kind, 64, "bfloat16", arch, every)
+    for option in _TAKING:
+        yield _compilation("dq", 64, "bfloat16", arch, causal | {option: True})
+        yield _compilation("dkv", 64, "bfloat16", arch, causal | {option: True})
     yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
     for kind in ("bounds", "delta", "dsinks"):
         yield _compilation(kind, 64, "bfloat16", arch, {})

@@ -30,8 +30,7 @@ def tiles(kind: str, C: int, I: int, itemsize: int) -> RowTiles:
         I: Rows that lie side by side behind the axis of the classes.
         itemsize: Bytes of a logit.
     """
-    entries = ENTRIES[kind]
-    return row_tiles(C, I, entries=entries // 2 if itemsize == 8 else entries)
+    return row_tiles(C, I, entries=ENTRIES[kind], itemsize=itemsize)
 
 
 _PLANNED = {

@@ -29,8 +29,7 @@ def tiles(kind: str, C: int, I: int, itemsize: int) -> RowTiles:
         I: Rows that lie side by side behind the row's axis.
         itemsize: Bytes of an entry.
     """
-    entries = ENTRIES[kind]
-    return row_tiles(C, I, entries=entries // 2 if itemsize == 8 else entries)
+    return row_tiles(C, I, entries=ENTRIES[kind], itemsize=itemsize)
 
 
 _PLANNED = {
