@@ -18,7 +18,6 @@ from tilewise import torch as twt
 from tilewise.torch import checks
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-Y = torch.tensor([0, 6, 2])
 
 
 @pytest.fixture(autouse=True)
@@ -39,47 +38,60 @@ def autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_dtype(device, before[1])
 
 
-def given(device: str, *shape: int, dtype: torch.dtype) -> Any:
-    return torch.ones(shape, dtype=dtype, device=device)
+def made(device: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """What makes tensors; those of a GPU cannot be cut, where PyTorch has no CUDA."""
+
+    def of(*shape: int, to: torch.dtype = dtype) -> Any:
+        return torch.ones(shape, dtype=to, device=device)
+
+    return of
+
+
+def targets(of: Callable[..., Any]) -> Any:
+    return of(3, to=torch.int64)
 
 
 def place(device: str) -> Any:
-    return FakeTensorMode(allow_non_fake_inputs=True) if device == "cuda" else torch.no_grad()
+    return FakeTensorMode() if device == "cuda" else torch.no_grad()
 
 
-def probabilities(x: Any, by: Callable[..., Any]) -> Any:
+def of_probabilities(of: Callable[..., Any], by: Callable[..., Any]) -> Any:
     """A loss whose targets and weights have another dtype of 16 bits than the logits."""
+    x = of(3, 7)
     other = torch.float16 if x.dtype is torch.bfloat16 else torch.bfloat16
     other = x.dtype if x.dtype is torch.float64 else other
-    return by(x, x.to(other), weight=torch.ones_like(x[0], dtype=other))
+    return by(x, of(3, 7, to=other), weight=of(7, to=other))
 
 
+Q = (1, 2, 3, 7)
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "linear": (lambda x, q: twt.linear(x, x, x[0, :3]), lambda x, q: nn.linear(x, x)),
+    "linear": (
+        lambda of: twt.linear(of(3, 7), of(5, 7), of(5)),
+        lambda of: nn.linear(of(3, 7), of(5, 7), of(5)),
+    ),
     "attention": (
-        lambda x, q: twt.attention(q, q, q, bias=q[..., :3]),
-        lambda x, q: nn.scaled_dot_product_attention(q, q, q),
+        lambda of: twt.attention(of(*Q), of(*Q), of(*Q), bias=of(3, 3)),
+        lambda of: nn.scaled_dot_product_attention(of(*Q), of(*Q), of(*Q)),
     ),
-    "sdpa": (
-        lambda x, q: twt.scaled_dot_product_attention(q, q, q),
-        lambda x, q: nn.scaled_dot_product_attention(q, q, q),
+    "softmax": (
+        lambda of: twt.softmax(of(3, 7)),
+        lambda of: torch.softmax(of(3, 7), -1),
     ),
-    "softmax": (lambda x, q: twt.softmax(x), lambda x, q: torch.softmax(x, -1)),
     "log_softmax": (
-        lambda x, q: twt.log_softmax(x, sink=x[:, 0]),
-        lambda x, q: torch.log_softmax(x, -1),
+        lambda of: twt.log_softmax(of(3, 7), sink=of(3)),
+        lambda of: torch.log_softmax(of(3, 7), -1),
     ),
     "cross_entropy": (
-        lambda x, q: twt.cross_entropy(x, Y.to(x.device)),
-        lambda x, q: nn.cross_entropy(x, Y.to(x.device)),
+        lambda of: twt.cross_entropy(of(3, 7), targets(of)),
+        lambda of: nn.cross_entropy(of(3, 7), targets(of)),
     ),
     "cross_entropy of probabilities": (
-        lambda x, q: probabilities(x, twt.cross_entropy),
-        lambda x, q: probabilities(x, nn.cross_entropy),
+        lambda of: of_probabilities(of, twt.cross_entropy),
+        lambda of: of_probabilities(of, nn.cross_entropy),
     ),
     "linear_cross_entropy": (
-        lambda x, q: twt.linear_cross_entropy(x, x, Y.to(x.device), bias=x[:, 0]),
-        lambda x, q: nn.cross_entropy(nn.linear(x, x), Y.to(x.device)),
+        lambda of: twt.linear_cross_entropy(of(3, 7), of(5, 7), targets(of), bias=of(5)),
+        lambda of: nn.cross_entropy(nn.linear(of(3, 7), of(5, 7), of(5)), targets(of)),
     ),
 }
 
@@ -91,8 +103,8 @@ def test_dtypes_are_those_of_pytorch(name: str, device: str) -> None:
     for to in (torch.bfloat16, torch.float16):
         for dtype in FLOATS:
             with place(device), autocast(device, to):
-                x, q = given(device, 3, 7, dtype=dtype), given(device, 1, 2, 3, 7, dtype=dtype)
-                found, wanted = mine(x, q), theirs(x, q)
+                of = made(device, dtype)
+                found, wanted = mine(of), theirs(of)
             assert found.dtype is wanted.dtype, (dtype, to)
             assert found.device == wanted.device and found.shape == wanted.shape
 
@@ -100,16 +112,9 @@ def test_dtypes_are_those_of_pytorch(name: str, device: str) -> None:
 def test_only_tensors_of_its_own_device_are_cast() -> None:
     for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
         with place("cuda"), autocast(other, torch.float16):
-            x = given(device, 3, 7, dtype=torch.float32)
-            q = given(device, 1, 2, 3, 7, dtype=torch.float32)
-            narrow = x.bfloat16()
-            assert twt.linear(x, x).dtype is twt.attention(q, q, q).dtype is torch.float32
-            assert twt.softmax(narrow).dtype is torch.bfloat16
+            of, narrow = made(device, torch.float32), made(device, torch.bfloat16)
+            assert twt.linear(of(3, 7), of(5, 7)).dtype is torch.float32
+            assert twt.attention(of(*Q), of(*Q), of(*Q)).dtype is torch.float32
+            assert twt.softmax(narrow(3, 7)).dtype is torch.bfloat16
             with pytest.raises(TypeError, match="weight must have dtype"):
-                twt.cross_entropy(narrow, Y.to(device), weight=narrow[0].half())
-
-
-def test_an_argument_for_the_result_keeps_the_dtype() -> None:
-    with place("cuda"), autocast("cuda", torch.float16):
-        x = given("cuda", 3, 7, dtype=torch.bfloat16)
-        assert twt.softmax(x, out=torch.empty_like(x)).dtype is torch.bfloat16
+                twt.cross_entropy(narrow(3, 7), targets(of), weight=of(7, to=torch.float16))
