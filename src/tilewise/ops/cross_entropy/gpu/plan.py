@@ -35,7 +35,7 @@ def tiles(kind: str, C: int, I: int, itemsize: int) -> RowTiles:
 
 _PLANNED = {
     "bfloat16": (1000, 128256),
-    "float16": (1000, 128256),
+    "float16": (1000,),
     "float32": (1000, 128256),
     "float64": (1000,),
 }

@@ -34,9 +34,9 @@ def tiles(kind: str, C: int, I: int, itemsize: int) -> RowTiles:
 
 _PLANNED = {
     "bfloat16": ((128, 1), (4096, 1), (131072, 1), (512, 64)),
-    "float16": ((4096, 1), (131072, 1)),
-    "float32": ((4096, 1), (131072, 1), (512, 64)),
-    "float64": ((4096, 1), (131072, 1)),
+    "float16": ((4096, 1),),
+    "float32": ((4096, 1), (131072, 1)),
+    "float64": ((4096, 1),),
 }
 """Entries of a row, and rows side by side, for which kernels are compiled without a GPU."""
 
