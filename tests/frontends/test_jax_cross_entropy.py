@@ -102,7 +102,9 @@ def quickly(f: Callable[..., Any], x: tuple[Any, ...]) -> Any:
     return jax.jit(f).lower(x).compile(options)(x)
 
 
-CASES = [*((option, (LOGITS,)) for option in OPTIONS), ("everything", (LOGITS, PROBABILITIES))]
+BOTH = (LOGITS, PROBABILITIES)
+CASES = [*((option, (LOGITS,)) for option in OPTIONS)]
+CASES += [(option, BOTH) for option in ("rows, smoothing, weights", "everything")]
 
 
 @pytest.mark.parametrize(("option", "x"), CASES)

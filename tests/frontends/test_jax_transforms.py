@@ -46,10 +46,11 @@ def textbook(
     softcap: float | None = None,
     slopes: Any = None,
     keep: Any = 1.0,
+    scale: float = D**-0.5,
 ) -> tuple[Any, Any]:
     """Attention with its matrix of probabilities, which JAX differentiates itself."""
     k, v = (jnp.repeat(a, q.shape[1] // a.shape[1], 1) for a in (k, v))
-    s = q @ k.swapaxes(2, 3) * q.shape[3] ** -0.5
+    s = scale * q @ k.swapaxes(2, 3)
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
     s = s if bias is None else s + bias
@@ -99,8 +100,8 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
     "layout, fewer key heads": (GROUPED, {"layout": "bnhd"}, {}),
     "everything": (
         (*GROUPED, BIAS, SINKS),
-        {"mask": SEEN, "softcap": 2.0, "alibi_slopes": SLOPES},
-        {"seen": SEEN, "softcap": 2.0, "slopes": SLOPES},
+        {"mask": SEEN, "softcap": 2.0, "alibi_slopes": SLOPES, "softmax_scale": 0.8},
+        {"seen": SEEN, "softcap": 2.0, "slopes": SLOPES, "scale": 0.8},
     ),
 }
 

@@ -85,13 +85,13 @@ def forward(
 
 @lru_cache(maxsize=256)
 def _check_implementation(operator: str, options: str) -> None:
-    """Raise where an implementation is named that does not exist, or computes on a GPU alone."""
+    """Raise where an implementation is named that does not exist, or that programs cannot call."""
     name = literal_eval(options)["implementation"]
     if name is None:
         return
     named(operator, name)
-    if name in DEVICE:
-        reason = "computes on tensors of PyTorch, not on arrays"
+    if name in DEVICE and name != gpu.SERVED:
+        reason = "is not provided through JAX"
         raise unsupported(operator, f"implementation {name!r}: {reason}")
 
 
@@ -403,14 +403,20 @@ def _transpose(cotangents: Arrays, *arguments: Any, function: Function) -> list[
 
 
 def _cotangent(argument: Any, cotangent: Any) -> Any:
-    """Return the cotangent of an argument, summed over the leading sizes in which it repeats."""
+    """Return the cotangent of an argument, summed over the leading sizes in which it repeats.
+
+    It lies on the devices as the argument does, as explicit axes of a mesh ask for.
+    """
     if not ad.is_undefined_primal(argument):
         return None
     if cotangent is None:
         return ad.Zero(argument.aval)
     pairs = zip(cotangent.shape, argument.aval.shape, strict=True)
     repeated = [i for i, (many, one) in enumerate(pairs) if many != one]
-    return jnp.sum(cotangent, repeated, keepdims=True) if repeated else cotangent
+    found = jnp.sum(cotangent, repeated, keepdims=True) if repeated else cotangent
+    where = argument.aval.sharding
+    alike = where.mesh.empty or jax.typeof(found).sharding.spec == where.spec
+    return found if alike else jax.sharding.reshard(found, where)
 
 
 # Batches, and execution

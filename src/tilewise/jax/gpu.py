@@ -34,7 +34,8 @@ from .execution import HANDLER, HOW, LAUNCHER, Function
 ARCHITECTURE: Final = "TILEWISE_CUDA_ARCH"
 """The variable that names what programs are compiled for, such as sm_90."""
 
-_SERVED = "triton"
+SERVED: Final = "triton"
+"""The implementation that programs for CUDA run."""
 
 Arrays = Sequence[Any]
 Encode = Callable[[Recording, Sequence[Recorded], Mapping[str, Recorded]], Any]
@@ -151,8 +152,13 @@ class _Call:
         call = jax.ffi.ffi_call(LAUNCHER, made)
         given = {name: getattr(program, name) for name in ("numbers", "kernels", "code")}
         out = call(*operands, **given)[: len(tensors)]
-        pairs = zip(out, self.results, strict=True)
-        return self._marked([o.reshape(r.shape).astype(r.dtype) for o, r in pairs])
+        for o, r in zip(out, self.results, strict=True):
+            # Without 64 bits in JAX integers are shorter there.
+            fits = o.dtype == r.dtype or o.dtype.kind == r.dtype.kind == "i"
+            if o.shape != r.shape or not fits:
+                text = self.function.text
+                raise RuntimeError(f"{text}: made {o.dtype} {o.shape}, not {r.dtype} {r.shape}")
+        return self._marked([o.astype(r.dtype) for o, r in zip(out, self.results, strict=True)])
 
     def _launched(self) -> list[NDArray[Any]]:
         """Run the launcher; return the stand-ins of the results that are needed."""
@@ -160,7 +166,7 @@ class _Call:
 
         function, stage = self.function, self.stage
         operator = replace(function.operator, prepare=self._prepared)
-        own = device_implementation(operator.name, _SERVED)
+        own = device_implementation(operator.name, SERVED)
         if getattr(own, function.kind) is None:
             reason = "forward mode over forward mode is not provided for CUDA"
             raise unsupported(operator.name, f"implementation {own.name!r}: {reason}")
@@ -264,17 +270,17 @@ class _Call:
 def _check(function: Function) -> None:
     """Raise where a function has no kernels, or programs cannot launch them."""
     options, name = function.parsed, function.parsed.get("implementation")
-    if name not in (None, _SERVED):
+    if name not in (None, SERVED):
         if name in TABLE[function.name] and name not in DEVICE:
             reason = "computes on the CPU, and the program is for CUDA"
         else:
             reason = "is not provided through JAX"
         raise unsupported(function.name, f"implementation {name!r}: {reason}")
-    if _SERVED not in TABLE[function.name]:
+    if SERVED not in TABLE[function.name]:
         raise unsupported(function.name, "there are no kernels for CUDA yet")
     if options.get("layout") == PACKED:
         reason = "takes no packed sequences through JAX yet: their boundaries are read on the host"
-        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
+        raise unsupported(function.name, f"implementation {SERVED!r}: {reason}")
     if not HANDLER:
         raise unsupported(function.name, f"programs for CUDA need the XLA handler, not {HOW}")
 
@@ -282,16 +288,16 @@ def _check(function: Function) -> None:
 def _check_sizes(function: Function, arrays: Arrays) -> None:
     if not all([isinstance(n, int) for a in arrays for n in a.shape]):
         reason = "sizes must be known where a program is lowered for CUDA"
-        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
+        raise unsupported(function.name, f"implementation {SERVED!r}: {reason}")
 
 
 def _encoder(operator: str, number: int) -> Encode:
     """Return what compiles recordings for an architecture."""
-    prefix = f"implementation {_SERVED!r}: "
+    prefix = f"implementation {SERVED!r}: "
     if find_spec("triton") is None:
         reason = "needs the package triton, which is not installed, to lower for CUDA"
         raise unsupported(operator, prefix + reason)
-    if device_implementation(operator, _SERVED).interprets:
+    if device_implementation(operator, SERVED).interprets:
         reason = "kernels are interpreted in this process; unset TRITON_INTERPRET"
         raise unsupported(operator, prefix + reason)
     from tilewise.shared.triton_programs import compiler, encoded

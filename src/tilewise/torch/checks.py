@@ -96,7 +96,7 @@ def _first(operator: str, q: Tensor) -> torch.dtype:
     if dtype not in _DTYPES:
         raise type_error(operator, "q", f"have dtype {listed(FLOATS)}", shown(dtype))
     if not q.is_cpu:
-        _check_place(operator, q.device)
+        check_place(operator, q.device)
     return dtype
 
 
@@ -110,10 +110,10 @@ def check_first(operator: str, name: str, x: Any) -> None:
     if x.dtype not in _DTYPES:
         raise type_error(operator, name, f"have dtype {listed(FLOATS)}", shown(x.dtype))
     if not x.is_cpu:
-        _check_place(operator, x.device)
+        check_place(operator, x.device)
 
 
-def _check_place(operator: str, device: torch.device) -> None:
+def check_place(operator: str, device: torch.device) -> None:
     """Raise where there are no kernels for a device that is not the CPU."""
     if device.type == "meta":
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -19,10 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilewise.base._lowering import Size
 from tilewise.base.dtypes import bfloat16
 from tilewise.base.errors import unsupported
+from tilewise.base.literals import DENSE
+from tilewise.base.masks import PackedBits, check_dense
 from tilewise.base.operator import FlatOperator, Implementation
 from tilewise.dispatch import DEVICE, TABLE, device_implementation, evaluate_by
+from tilewise.ops.attention.spec import PACKED
 from tilewise.shared import stand_ins
 
 Array = NDArray[Any]
@@ -58,14 +63,14 @@ def run(
         tensors: Its flat arguments, with trailing inputs of a forward pass perhaps left out.
     """
     first = tensors[operator.first[kind]]
-    name = _chosen(operator, options["implementation"], first)
-    given = [None if t is None else _readable(t, operator) for t in tensors]
+    name = implementation_for(operator, options["implementation"], first)
+    given = [None if t is None else readable(t, operator) for t in tensors]
     one = partial(_run_one, operator, kind, name, options, needed)
     extra = first.ndim - operator.rank
     with device_of(first):
         if extra == 0:
             return one(given)
-        leading, stage = first.shape[:extra], _Stage(first.device)
+        leading, stage = first.shape[:extra], Stage(first.device)
         if operator.folds(kind, [stage.stand_in(t) for t in given], options) and 0 not in leading:
             merged = [None if t is None else t.reshape(-1, *t.shape[extra + 1 :]) for t in given]
             return tuple([None if r is None else _unfolded(r, leading) for r in one(merged)])
@@ -78,7 +83,7 @@ def serving(operator: FlatOperator, implementation: str | None, first: Any) -> I
     Raises:
         Unsupported: There is none, or the one that is named computes elsewhere.
     """
-    return device_implementation(operator.name, _chosen(operator, implementation, first))
+    return device_implementation(operator.name, implementation_for(operator, implementation, first))
 
 
 def device_of(tensor: Any) -> AbstractContextManager[Any]:
@@ -103,13 +108,18 @@ def adapted(
     return stand_ins.adapted(operator, implementation, torch.Tensor, to_tensor, to_array)
 
 
-class _Stage(stand_ins.Stage):
-    """Arrays that stand in for the tensors of one call, and the way back to the tensors."""
+class Stage(stand_ins.Stage):
+    """Arrays that stand in for the tensors of one call, and the way back to the tensors.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the tensors are.
+        keeps: Whether arrays of integers stay on the device for other calls, as masks do.
+    """
+
+    def __init__(self, device: torch.device, keeps: bool = True) -> None:
         def new(array: Array) -> Any:
             if array.size:
-                return _uploaded(array, device)
+                return (_uploaded if keeps else sent)(array, device)
             return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=device)
 
         super().__init__(_dtype, new)
@@ -118,7 +128,11 @@ class _Stage(stand_ins.Stage):
         """Return an array with the entries of a tensor; of one on a GPU they are waited for."""
         if tensor is None:
             return None
-        array: Array = tensor.cpu().contiguous().numpy()
+        plain = tensor.cpu().contiguous()
+        if plain.dtype is torch.bfloat16:
+            array: Array = plain.view(torch.int16).numpy().view(bfloat16("torch"))
+        else:
+            array = plain.numpy()
         self.place(array, tensor.contiguous(), max(array.nbytes, 1))
         return array
 
@@ -133,16 +147,57 @@ def _run_one(
 ) -> Tensors:
     """Run a function on tensors without further leading dimensions."""
     start = operator.first[kind]
-    stage = _Stage(tensors[start].device)
+    stage = Stage(tensors[start].device)
+    own = device_implementation(operator.name, name)
+    if own.lower_mask and options["mask"] == DENSE and options["layout"] != PACKED:
+        mask = partial(own.lower_mask, int16=torch.int16, uint8=torch.uint8)
+        operator, options, tensors = _with_lowered(mask, operator, start, options, tensors, stage)
     read = {start + operator.inputs.index(argument) for argument in operator.read_inputs}
     arrays = [
         stage.copy(t) if place in read else stage.stand_in(t) for place, t in enumerate(tensors)
     ]
-    own = device_implementation(operator.name, name)
     chosen = adapted(operator.name, own, stage.tensor, stage.stand_in)
     found = evaluate_by(chosen, operator, kind, arrays, options, needed)
     kept = zip(found, needed, strict=True)
     return tuple([stage.tensor(a) if a is not None and wanted else None for a, wanted in kept])
+
+
+def _with_lowered(
+    lower: Callable[..., Sequence[Any]],
+    operator: FlatOperator,
+    start: int,
+    options: Mapping[str, Any],
+    tensors: Sequence[Any],
+    stage: Stage,
+) -> tuple[FlatOperator, Mapping[str, Any], list[Any]]:
+    """Lower a boolean tensor on its device, so that the host does not wait for its entries.
+
+    Args:
+        lower: ``(mask of bytes, N, Nk) -> tensors`` of `PackedBits`.
+        operator: Attention.
+        start: Where its inputs begin among the tensors.
+        options: What else the call takes.
+        tensors: Its flat arguments.
+        stage: Makes arrays that stand in for tensors.
+
+    Returns:
+        An operator whose calls have the mask, and the other options and arguments.
+    """
+    at = start + operator.inputs.index("mask0")
+    seen, (q, k) = tensors[at], tensors[start : start + 2]
+    heads, rows = (1, 2) if options["layout"] == "bhnd" else (2, 1)
+    size = Size(q.shape[0], q.shape[heads], q.shape[rows], k.shape[rows], operator.name)
+    check_dense(size, tuple(seen.shape))
+    seen = seen.reshape((1,) * (4 - seen.ndim) + seen.shape).view(torch.uint8)
+    parts = lower(seen, size.N, size.Nk)
+
+    def prepare(inputs: Sequence[Any], given: Mapping[str, Any]) -> Any:
+        call = operator.prepare(inputs, given)
+        stand_ins: list[Any] = [stage.stand_in(part) for part in parts]
+        return replace(call, mask=PackedBits(*stand_ins))
+
+    rest = [None if place == at else t for place, t in enumerate(tensors)]
+    return replace(operator, prepare=prepare), {**options, "mask": None}, rest
 
 
 def _each(
@@ -156,7 +211,7 @@ def _each(
         zeros = [None if t is None else t.new_zeros(t.shape[len(leading) :]) for t in tensors]
         return tuple([None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)])
     every = [
-        one([None if t is None else _readable(t[index], operator) for t in tensors])
+        one([None if t is None else readable(t[index], operator) for t in tensors])
         for index in product(*map(range, leading))
     ]
     parts = zip(*every, strict=True)
@@ -168,7 +223,7 @@ def _unfolded(tensor: Any, leading: Sequence[int]) -> Any:
     return tensor.reshape(*leading, -1, *tensor.shape[1:])
 
 
-def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> str:
+def implementation_for(operator: FlatOperator, implementation: str | None, first: Any) -> str:
     """Return the name of the implementation that a call on a device gets, or raise."""
     if first.is_cpu:
         assert implementation is not None
@@ -188,12 +243,16 @@ def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> s
     return implementation
 
 
-def _readable(tensor: Any, operator: FlatOperator) -> Any:
-    """Return a tensor whose numbers are in its memory as they are, in strides that kernels take."""
+def readable(tensor: Any, operator: FlatOperator | None = None) -> Any:
+    """Return a tensor whose numbers are in its memory as they are, in strides that kernels take.
+
+    Those of an operator that is not `strided`, or of none, take rows whose entries are contiguous.
+    """
     tensor = tensor.detach().resolve_neg()
-    if operator.orders:
+    if operator is not None and operator.orders:
         return tensor.contiguous()
-    if operator.strided or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
+    strided = operator is not None and operator.strided
+    if strided or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
         return tensor
     return tensor.contiguous()
 
@@ -204,12 +263,22 @@ def _uploaded(array: Array, device: torch.device) -> Any:
     known = _uploads.get(key)
     if known is not None and known[0]() is array:
         return known[1]
-    plain = array.view(np.int16) if array.dtype == np.uint16 else array
-    tensor = torch.from_numpy(np.array(plain, order="C")).to(device)
+    tensor = _tensor_of(array).to(device)
     for old in [old for old, (of, _) in _uploads.items() if of() is None]:
         _uploads.pop(old, None)
     _uploads[key] = ref(array), tensor
     return tensor
+
+
+def sent(array: Array, device: torch.device) -> Any:
+    """Return integers on the device without waiting for it, for the current stream alone."""
+    tensor = _tensor_of(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _tensor_of(array: Array) -> Any:
+    plain = array.view(np.int16) if array.dtype == np.uint16 else array
+    return torch.from_numpy(np.array(plain, order="C"))
 
 
 @cache

@@ -190,6 +190,6 @@ FLAT = FlatOperator(
     vjp_jvp=_vjp_jvp,
     output_tangents=False,
     read_outputs=(),
-    read_inputs=("targets", "weight"),
+    read_inputs=("targets",),
     strided=True,
 )

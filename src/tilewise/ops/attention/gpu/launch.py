@@ -36,6 +36,7 @@ from .kernels.forward import attention_fwd_kernel
 from .kernels.sums import attention_dbias_kernel, attention_dsinks_kernel
 from .kernels.tangents import attention_jvp_kernel
 from .kernels.tiles import attention_bounds_kernel
+from .masks import pack
 from .packed import packed_count, packed_of
 from .plan import padded, plan, tiles_of
 
@@ -341,7 +342,7 @@ def launch_carefully(
     given = pairs(call, chosen, of_keys) | arguments
     # Rows whose every bias is -inf are hidden, too.
     hides = call.mask is not None or call.bias is not None
-    given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=_int32(call)) if hides else None
+    given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=int32(call)) if hides else None
     launch(kernel, chosen, **given, HIDES=hides, CAREFUL=False)
     if hides:
         launch(kernel, chosen, **given, HIDES=hides, CAREFUL=True)
@@ -355,10 +356,14 @@ def pairs(call: AttentionCall, chosen: LaunchPlan, of_keys: bool = False) -> dic
         chosen: The plan of the kernel.
         of_keys: Whether its programs own tiles of keys, and not of queries.
     """
-    factor = call.keep_factor
     packed = packed_of(call, chosen.constants["BN" if of_keys else "BM"], of_keys)
+    mask = mask_of(call, chosen.constants["BM"], None if of_keys else packed)
+    return {**operands(call), **packed, **mask}
+
+
+def operands(call: AttentionCall) -> dict[str, Any]:
+    """Return tensors, sizes and numbers of a call as the kernels take them, without its mask."""
     return {
-        **packed,
         "q": call.q,
         "k": call.k,
         "v": call.v,
@@ -373,14 +378,13 @@ def pairs(call: AttentionCall, chosen: LaunchPlan, of_keys: bool = False) -> dic
         **strides("v", call.v),
         **bias_of("bias", call.bias),
         "slopes_stride_b": step(call.alibi_slopes, 0),
-        **mask_of(call, chosen.constants["BM"], None if of_keys else packed),
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 1.0),
         "first_entry": call.first_entry,
         "seed_low": call.seed & 0xFFFFFFFF,
         "seed_high": call.seed >> 32,
         "threshold": call.drop_threshold,
-        "factor": factor,
+        "factor": call.keep_factor,
         "D": call.D,
         "DV": call.Dv,
         "BIAS": call.bias is not None,
@@ -454,7 +458,7 @@ def wide(call: AttentionCall) -> Any:
     return _compute_dtypes[dtype]
 
 
-def _int32(call: AttentionCall) -> Any:
+def int32(call: AttentionCall) -> Any:
     """Return the framework's dtype of 32-bit integers."""
     key = "int32", type(call.q)
     if key not in _compute_dtypes:
@@ -479,11 +483,17 @@ def refuses(call: AttentionCall) -> str | None:
     """Return why a call is not served, or None."""
     if isinstance(_like(call), np.ndarray):
         return "computes on tensors of PyTorch, not on arrays"
-    if call.paging is not None:
-        return "reads no keys in pages yet"
     return None
 
 
 IMPLEMENTATION = Implementation(
-    "triton", forward, vjp, jvp, vjp_jvp, forward_jvp, refuses, interprets=INTERPRETS
+    "triton",
+    forward,
+    vjp,
+    jvp,
+    vjp_jvp,
+    forward_jvp,
+    refuses,
+    interprets=INTERPRETS,
+    lower_mask=pack,
 )

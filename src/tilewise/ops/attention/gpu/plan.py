@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from tilewise.base._lowering import KEY_TILE, QUERY_TILE
 from tilewise.shared.launch import Compilation, LaunchPlan
 
 INTERPRETER = "interpreter"
@@ -195,7 +196,7 @@ def planned(arch: str) -> Iterator[Compilation]:
         yield _compilation("dq", 64, "bfloat16", arch, causal | {option: True})
         yield _compilation("dkv", 64, "bfloat16", arch, causal | {option: True})
     yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
-    for kind in ("bounds", "delta", "dsinks"):
+    for kind in ("bounds", "pack", "delta", "dsinks"):
         yield _compilation(kind, 64, "bfloat16", arch, {})
     yield from _planned_packed(arch, passes, every)
 
@@ -228,6 +229,7 @@ _MODULES = {
     "dbias": "sums",
     "dsinks": "sums",
     "bounds": "tiles",
+    "pack": "masks",
     "sequences": "sequences",
 }
 _POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -263,7 +265,7 @@ def _compilation(
     chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch, crowded=crowded)
     given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
     given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
-    given |= {"EXTENT": 64, "BLOCK": PLACES}
+    given |= {"EXTENT": 64, "BLOCK": PLACES, "QUERIES": QUERY_TILE, "KEYS": KEY_TILE}
     given |= dict.fromkeys((*_OPTIONS, "MASK"), False) | {"SECOND": second, "D": D, "DV": D}
     given |= dict.fromkeys(_TANGENTS, second or base == "jvp")
     given |= dict(options) | dict(chosen.constants)
@@ -271,6 +273,8 @@ def _compilation(
     given |= {"HIDES": bool(given["MASK"]), "CAREFUL": False}
     given["T_BIAS"] = given["BIAS"] and (second or base == "jvp")
     given["T_SINKS"] = given["SINKS"] and (second or base == "jvp")
+    if base == "pack":
+        given["MASK"] = 2
     if base in ("dbias", "dsinks", "bounds"):
         given["BIAS"] = given["SINKS"] = given["MASK"] = True
     signature, constants = {}, {}
@@ -286,7 +290,7 @@ def _compilation(
         name for name, of in signature.items() if of[0] == "*" or name.startswith("stride")
     ]
     text = "+".join([name.lower() for name, on in options.items() if on]) or "plain"
-    text += " of bits" if given["MASK"] == 2 else ""
+    text += " of bits" if options.get("MASK") == 2 else ""
     return Compilation(
         f"attention {kind} D{D} {dtype} {text}",
         kernel,
@@ -305,6 +309,8 @@ def _type_of(name: str, dtype: str, mask: int) -> str:
         return _POINTERS[dtype]
     if name in _OF_ROWS:
         return "*fp64" if dtype == "float64" else "*fp32"
+    if name in ("seen", "bits"):
+        return "*u8" if name == "seen" else "*i16"
     if name in ("starts", "order", "q_starts", "k_starts"):
         return "*i64"
     if name in ("mask", "tiles", "rows", "bounds", "spoiled"):
