@@ -59,7 +59,7 @@ def plan(
     tile = cut.BN if kind.endswith("dkv") else cut.BM
     grid = (tiles_of(rows, tile, sequences) * heads,)
     constants = {"BM": cut.BM, "BN": cut.BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
-    most = _MOST if cut.greedy and arch.startswith("sm_") else None
+    most = MOST_REGISTERS if cut.greedy and arch.startswith("sm_") else None
     return LaunchPlan(grid, constants, cut.num_warps, cut.num_stages, most)
 
 
@@ -82,7 +82,7 @@ class Tile(NamedTuple):
     greedy: bool = False
 
 
-_MOST = 255
+MOST_REGISTERS = 255
 """Registers that a thread of NVIDIA can have."""
 
 
