@@ -211,4 +211,5 @@ FLAT = FlatOperator(
     output_tangents=False,
     read_outputs=(),
     read_inputs=("targets",),
+    strided=True,
 )
