@@ -401,9 +401,9 @@ ERRORS = {
         "implementation must be one of 'cpu', 'reference', 'triton', 'hopper', got 'gpu'",
     ),
     "implementation of tensors": (
-        lambda: wrong(implementation="triton"),
+        lambda: wrong(implementation="hopper"),
         tw.Unsupported,
-        "implementation 'triton': computes on tensors of PyTorch, not on arrays",
+        "implementation 'hopper': is not provided through JAX",
     ),
     "softcap": (lambda: wrong(softcap=-1.0), ValueError, "softcap must be from 1e-15 to 1e+15"),
     "seed": (lambda: wrong(dropout_p=0.5), ValueError, "seed must be given where dropout_p"),

@@ -95,6 +95,53 @@ def test_memory_that_is_not_contiguous() -> None:
     both(derived)
 
 
+@pytest.mark.parametrize("shape", [(11, 13), (13,), (2, 1, 1, 13), (4, 11, 1), (2, 4, 11, 13)])
+def test_boolean_masks_that_repeat(shape: tuple[int, ...]) -> None:
+    x = [t.detach() for t in inputs()]
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.6
+
+    def found(implementation: str) -> list[Any]:
+        given = {"implementation": implementation, "return_lse": True}
+        return [
+            *attention(*x, mask=mask, **given)[:2],
+            *attention(*x, mask=mask.mT.contiguous().mT if mask.ndim > 1 else mask, **given)[:2],
+        ]
+
+    both(found)
+    with pytest.raises(ValueError, match="mask must be broadcastable"):
+        attention(*x, mask=mask[..., :1].expand(*mask.shape[:-1], 12), implementation="triton")
+
+
+def test_the_host_does_not_wait_for_what_tensors_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs take no call that does."""
+    x = inputs()
+    options = {
+        "mask": torch.rand(11, 13) < 0.5,
+        "sinks": torch.zeros(4, dtype=torch.float64),
+        "alibi_slopes": torch.ones(4, dtype=torch.float64),
+        "implementation": "triton",
+    }
+    read: list[Any] = []
+    monkeypatch.setattr(gpu._Stage, "copy", lambda self, t: t if t is None else read.append(t))
+    o = attention(*x, **options)
+    torch.autograd.grad(o.sum(), x)
+    assert not read
+
+
+def test_compiled_calls_are_one_graph() -> None:
+    x, sinks = inputs(), torch.zeros(4, dtype=torch.float64)
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        o = attention(q, k, v, mask=tw.causal(), sinks=sinks, implementation="triton")
+        return o.sin().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for mine, theirs in zip(
+        torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
 def test_float32_is_as_near_as_on_the_cpu() -> None:
     x = [t.detach() for t in inputs(torch.float32)]
     exact = attention(*[t.double() for t in x])

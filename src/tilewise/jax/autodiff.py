@@ -85,13 +85,13 @@ def forward(
 
 @lru_cache(maxsize=256)
 def _check_implementation(operator: str, options: str) -> None:
-    """Raise where an implementation is named that does not exist, or computes on a GPU alone."""
+    """Raise where an implementation is named that does not exist, or that programs cannot call."""
     name = literal_eval(options)["implementation"]
     if name is None:
         return
     named(operator, name)
-    if name in DEVICE:
-        reason = "computes on tensors of PyTorch, not on arrays"
+    if name in DEVICE and name != gpu.SERVED:
+        reason = "is not provided through JAX"
         raise unsupported(operator, f"implementation {name!r}: {reason}")
 
 

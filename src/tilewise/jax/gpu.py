@@ -34,7 +34,8 @@ from .execution import HANDLER, HOW, LAUNCHER, Function
 ARCHITECTURE: Final = "TILEWISE_CUDA_ARCH"
 """The variable that names what programs are compiled for, such as sm_90."""
 
-_SERVED = "triton"
+SERVED: Final = "triton"
+"""The implementation that programs for CUDA run."""
 
 Arrays = Sequence[Any]
 Encode = Callable[[Recording, Sequence[Recorded], Mapping[str, Recorded]], Any]
@@ -165,7 +166,7 @@ class _Call:
 
         function, stage = self.function, self.stage
         operator = replace(function.operator, prepare=self._prepared)
-        own = device_implementation(operator.name, _SERVED)
+        own = device_implementation(operator.name, SERVED)
         if getattr(own, function.kind) is None:
             reason = "forward mode over forward mode is not provided for CUDA"
             raise unsupported(operator.name, f"implementation {own.name!r}: {reason}")
@@ -269,17 +270,17 @@ class _Call:
 def _check(function: Function) -> None:
     """Raise where a function has no kernels, or programs cannot launch them."""
     options, name = function.parsed, function.parsed.get("implementation")
-    if name not in (None, _SERVED):
+    if name not in (None, SERVED):
         if name in TABLE[function.name] and name not in DEVICE:
             reason = "computes on the CPU, and the program is for CUDA"
         else:
             reason = "is not provided through JAX"
         raise unsupported(function.name, f"implementation {name!r}: {reason}")
-    if _SERVED not in TABLE[function.name]:
+    if SERVED not in TABLE[function.name]:
         raise unsupported(function.name, "there are no kernels for CUDA yet")
     if options.get("layout") == PACKED:
         reason = "takes no packed sequences through JAX yet: their boundaries are read on the host"
-        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
+        raise unsupported(function.name, f"implementation {SERVED!r}: {reason}")
     if not HANDLER:
         raise unsupported(function.name, f"programs for CUDA need the XLA handler, not {HOW}")
 
@@ -287,16 +288,16 @@ def _check(function: Function) -> None:
 def _check_sizes(function: Function, arrays: Arrays) -> None:
     if not all([isinstance(n, int) for a in arrays for n in a.shape]):
         reason = "sizes must be known where a program is lowered for CUDA"
-        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
+        raise unsupported(function.name, f"implementation {SERVED!r}: {reason}")
 
 
 def _encoder(operator: str, number: int) -> Encode:
     """Return what compiles recordings for an architecture."""
-    prefix = f"implementation {_SERVED!r}: "
+    prefix = f"implementation {SERVED!r}: "
     if find_spec("triton") is None:
         reason = "needs the package triton, which is not installed, to lower for CUDA"
         raise unsupported(operator, prefix + reason)
-    if device_implementation(operator, _SERVED).interprets:
+    if device_implementation(operator, SERVED).interprets:
         reason = "kernels are interpreted in this process; unset TRITON_INTERPRET"
         raise unsupported(operator, prefix + reason)
     from tilewise.shared.triton_programs import compiler, encoded
