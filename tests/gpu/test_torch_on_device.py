@@ -122,7 +122,7 @@ def test_the_host_does_not_wait_for_what_tensors_hold(monkeypatch: pytest.Monkey
         "implementation": "triton",
     }
     read: list[Any] = []
-    monkeypatch.setattr(gpu._Stage, "copy", lambda self, t: t if t is None else read.append(t))
+    monkeypatch.setattr(gpu.Stage, "copy", lambda self, t: t if t is None else read.append(t))
     o = attention(*x, **options)
     torch.autograd.grad(o.sum(), x)
     assert not read
