@@ -86,6 +86,7 @@ def linear_cross_entropy_cotangents_kernel(
         targets_ptr, class_weight_ptr, token, T, V, first_class, ignored, wide
     )
     m = tl.load(m_ptr + token, mask=has, other=0.0)
+    kept = kept & (m != float("-inf"))
     log_l = tl.load(log_l_ptr + token, mask=has, other=0.0)
     one = tl.full([], 1.0, tl.float64)
     scale = one
