@@ -1,4 +1,4 @@
-"""Check and time the attention kernels on a GPU board, beside PyTorch's own.
+"""Check and time the attention kernels on a GPU board, beside PyTorch's and JAX's own.
 
 python bench/gpu_board.py --results bench/results/h100.json
 python bench/gpu_board.py --results bench/results/h100.json --tables

@@ -34,9 +34,11 @@ PLACES = {
     ),
     "triton": (
         *(modules[name] for modules in TABLE.values() for name in DEVICE if name in modules),
+        "tilewise.shared.triton_copies",
         "tilewise.shared.triton_launch",
         "tilewise.shared.triton_losses",
         "tilewise.shared.triton_math",
+        "tilewise.shared.triton_programs",
         "tilewise.shared.triton_rows",
         "tilewise.hardware.offline",
         "tilewise.bench.board_steps",

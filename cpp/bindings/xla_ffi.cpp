@@ -1,14 +1,20 @@
-// The handler through which XLA runs every operator: typed, made from the headers of XLA's foreign
-// function interface alone; nothing of jaxlib is linked.
+// The handlers through which XLA runs every operator: typed, made from the headers of XLA's foreign
+// function interface alone; nothing of jaxlib is linked. One calls Python, for the CPU, one
+// launches compiled kernels on a GPU of NVIDIA.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 #include <xla/ffi/api/c_api.h>
 #include <xla/ffi/api/ffi.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
+
+#include "cuda_program.hpp"
 
 namespace nb = nanobind;
 namespace ffi = xla::ffi;
@@ -97,16 +103,61 @@ XLA_FFI_DEFINE_HANDLER(
     handler, evaluate,
     ffi::Ffi::Bind().Attr<std::string_view>("call").RemainingArgs().RemainingRets());
 
+// Nothing of Python is used here.
+ffi::Error launch(cuda::Stream stream, ffi::Span<const int64_t> numbers, std::string_view kernels,
+                  std::string_view code, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  std::vector<void*> buffers;
+  for (size_t i = 0; i < args.size(); i++)
+    buffers.push_back(args.get<ffi::AnyBuffer>(i)->untyped_data());
+  for (size_t i = 0; i < rets.size(); i++)
+    buffers.push_back((*rets.get<ffi::AnyBuffer>(i))->untyped_data());
+  try {
+    cuda::run({{numbers.begin(), numbers.size()}, kernels, code}, buffers, stream);
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string("tilewise: ") + error.what());
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error launch_on_the_host(ffi::Span<const int64_t> numbers, std::string_view kernels,
+                              std::string_view code, ffi::RemainingArgs args,
+                              ffi::RemainingRets rets) {
+  return launch(nullptr, numbers, kernels, code, args, rets);
+}
+
+template <typename Binding>
+auto with_program(Binding binding) {
+  return std::move(binding)
+      .template Attr<ffi::Span<const int64_t>>("numbers")
+      .template Attr<std::string_view>("kernels")
+      .template Attr<std::string_view>("code")
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+XLA_FFI_DEFINE_HANDLER(launcher, launch,
+                       with_program(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cuda::Stream>>()));
+XLA_FFI_DEFINE_HANDLER(host_launcher, launch_on_the_host, with_program(ffi::Ffi::Bind()));
+
 }  // namespace
 }  // namespace tilewise
 
 NB_MODULE(_xla, m) {
   using namespace tilewise;
-  m.doc() = "The handler for XLA. Private: use tilewise.jax.";
+  m.doc() = "The handlers for XLA. Private: use tilewise.jax.";
   m.attr("API") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.def(
       "handler", [] { return nb::capsule(reinterpret_cast<void*>(handler)); },
       "The handler, as jax.ffi.register_ffi_target takes it.");
+  m.def(
+      "launcher",
+      [](bool on_host) {
+        return nb::capsule(reinterpret_cast<void*>(on_host ? host_launcher : launcher));
+      },
+      nb::arg("on_host") = false,
+      "The handler that launches kernels; on_host for memory of the host, and without a stream.");
+  m.def("open_driver", &cuda::open_driver, nb::arg("path"),
+        "Let kernels be launched by another driver than libcuda.so.1.");
   m.def(
       "set_run",
       [](nb::object run, nb::object ndarray, nb::dict dtypes) {

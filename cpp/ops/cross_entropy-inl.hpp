@@ -59,11 +59,10 @@ class CrossEntropyRow {
   RowPart<T> part(int64_t chunk) {
     RowPart<T> found;
     const int n = width(chunk);
-    const int64_t first = chunk * kChunk;
     const T* z = read(p_.x, chunk, 0);
     const TargetRow<T> target = target_of(chunk);
     if (kind_ == CrossEntropyKind::kForward)
-      add_row_sums(z, n, first, target, cap_, kNoExtras, scratch_[2], &found.sums);
+      add_row_sums(z, n, target, cap_, scratch_[2], &found.sums);
     else
       add_tangent_sums(z, read(p_.tx, chunk, 2), read(p_.tprobabilities, chunk, 3), n, state_,
                        target, cap_, &found.tangents);

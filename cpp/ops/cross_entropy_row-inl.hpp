@@ -55,15 +55,11 @@ TW_INLINE void each_column(int n, const F& f) {
 
 // --- Forward -------
 
-enum RowExtras : int { kNoExtras = 0, kWithEntropy = 1, kWithArgmax = 2 };
-
 template <class T>
 struct RowSums {
   T m = -std::numeric_limits<T>::infinity(), l = 0;  // maximum of s, sum of exp(s - m)
   T total = 0, gap = 0;  // sum of t and of t (m - s), both without the part of the index
   T picked = 0;          // s of the index
-  T entropy = 0;         // sum of exp(s - m) (s - m), with kWithEntropy
-  int64_t argmax = -1;   // the first column that has the maximum, with kWithArgmax
 };
 
 template <class T>
@@ -75,38 +71,30 @@ TW_INLINE T above_lowest(T m) {
 template <class T>
 inline void merge_sums(const RowSums<T>& later, RowSums<T>* sums) {
   const Exp<T> exp(1);
-  const T top = later.m > sums->m ? later.m : sums->m, high = above_lowest(top);
+  const T top = later.m != later.m || later.m > sums->m ? later.m : sums->m,
+          high = above_lowest(top);
   const T a = exp(above_lowest(sums->m) - high), b = exp(above_lowest(later.m) - high);
   auto gap = [&](const RowSums<T>& x) {
     return x.total == 0 || x.m == top ? x.gap : x.gap + x.total * (top - x.m);
   };
-  auto entropy = [&](const RowSums<T>& x, T factor) {
-    const T l = x.l * factor;
-    return l == 0 || x.m == top ? x.entropy * factor : x.entropy * factor + l * (x.m - top);
-  };
   const T moved = gap(*sums) + gap(later);
-  sums->entropy = entropy(*sums, a) + entropy(later, b);
   sums->l = sums->l * a + later.l * b;
-  if (later.m > sums->m || sums->argmax < 0) sums->argmax = later.argmax;
   sums->m = top;
   sums->total += later.total;
   sums->gap = moved;
   sums->picked += later.picked;
 }
 
-template <class T, bool ENTROPY>
-TW_INLINE void exponential_sums(const T* s, int n, Vec<T> high, RowSums<T>* sums) {
+template <class T>
+TW_INLINE T exponential_sum(const T* s, int n, Vec<T> high) {
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   const Exp<T> exp(1);
-  Lanes64<T> l, entropy;
+  Lanes64<T> l;
   each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
     prefetch(s + j + kChunk);
-    const Vec<T> d = load_some(s + j, left, kNone) - high, e = exp(d);
-    l.of[u] += e;
-    if constexpr (ENTROPY) entropy.of[u] += select(equal(e, zero<T>()), zero<T>(), e * d);
+    l.of[u] += exp(load_some(s + j, left, kNone) - high);
   });
-  sums->l = l.total();
-  if (ENTROPY) sums->entropy = entropy.total();
+  return l.total();
 }
 
 // Sums of the weights of one chunk's targets.
@@ -129,10 +117,9 @@ TW_INLINE void target_sums(const T* s, int n, Vec<T> high, const TargetRow<T>& t
   sums->gap = gap.total();
 }
 
-// One chunk; its first column is v0 of the row.
+// One chunk.
 template <class T>
-TW_INLINE RowSums<T> sums_of_chunk(const T* s, int n, int64_t v0, const TargetRow<T>& target,
-                                   int extras) {
+TW_INLINE RowSums<T> sums_of_chunk(const T* s, int n, const TargetRow<T>& target) {
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   RowSums<T> sums;
   // max(a, b) is b where either is NaN: one may be lost here, but not in the sum below
@@ -142,22 +129,17 @@ TW_INLINE RowSums<T> sums_of_chunk(const T* s, int n, int64_t v0, const TargetRo
   });
   sums.m = top.top();
   const Vec<T> high = finite_max<T>(set1(sums.m));
-  if (extras & kWithEntropy)
-    exponential_sums<T, true>(s, n, high, &sums);
-  else
-    exponential_sums<T, false>(s, n, high, &sums);
+  sums.l = exponential_sum<T>(s, n, high);
   if (target.columns()) target_sums(s, n, high, target, &sums);
   if (target.holds_index(n)) sums.picked = s[target.index];
-  if (extras & kWithArgmax)
-    for (int j = 0; j < n && sums.argmax < 0; j++)
-      if (s[j] == sums.m) sums.argmax = v0 + j;
+  if (sums.l != sums.l) sums.m = top_with_nan(sums.m, s, n);
   return sums;
 }
 
-// Adds a piece of n columns from column v0 on. `scratch` has kChunk entries where cap is not 0.
+// Adds a piece of n columns. `scratch` has kChunk entries where cap is not 0.
 template <class T>
-TW_NOINLINE void add_row_sums(const T* z, int n, int64_t v0, const TargetRow<T>& target, T cap,
-                              int extras, T* scratch, RowSums<T>* sums) {
+TW_NOINLINE void add_row_sums(const T* z, int n, const TargetRow<T>& target, T cap, T* scratch,
+                              RowSums<T>* sums) {
   for (int at = 0; at < n; at += kChunk) {
     const int columns = std::min(kChunk, n - at);
     const T* s = z + at;
@@ -168,7 +150,7 @@ TW_NOINLINE void add_row_sums(const T* z, int n, int64_t v0, const TargetRow<T>&
       });
       s = scratch;
     }
-    merge_sums(sums_of_chunk(s, columns, v0 + at, target.from(at), extras), sums);
+    merge_sums(sums_of_chunk(s, columns, target.from(at)), sums);
   }
 }
 
@@ -176,7 +158,7 @@ TW_NOINLINE void add_row_sums(const T* z, int n, int64_t v0, const TargetRow<T>&
 template <class T>
 struct FinishedRow {
   T m, log_l, lse, total;  // total is the sum of t
-  T loss = 0, z_loss = 0, entropy = 0;
+  T loss = 0, z_loss = 0;
 
   FinishedRow(const RowSums<T>& sums, const TargetRow<T>& target, T zeta) {
     const T l = sums.l, kInfinity = std::numeric_limits<T>::infinity();
@@ -188,7 +170,6 @@ struct FinishedRow {
     if (l == 0) return;
     // in float64: what is added has the errors of its terms alone
     const double high = m, small = log_l, whole = high + small;
-    entropy = static_cast<T>(small - static_cast<double>(sums.entropy) / static_cast<double>(l));
     if (target.ignored) return;
     if (zeta != 0) z_loss = static_cast<T>(static_cast<double>(zeta) * whole * whole);
     double sum = static_cast<double>(total) * small + static_cast<double>(sums.gap);

@@ -64,7 +64,8 @@ class TokenNumbers {
     add_statistics<T>(tile, before, extra_, form_.cap, of_);
   }
 
-  // What statistics make of tokens [first, first + count).
+  // What statistics make of tokens [first, first + count). One without a logit above -inf has no
+  // loss.
   void write_results(int64_t first, int64_t count) const {
     const CrossEntropyResults& out = p_.out;
     const T zeta = static_cast<T>(p_.options.z_loss);
@@ -75,14 +76,15 @@ class TokenNumbers {
       const T lse = top == std::numeric_limits<T>::infinity() ? top : m + log_l;
       of_.m[t] = m;
       of_.l[t] = log_l;
-      const T squared = zeta != 0 ? zeta * lse * lse : T{0};
+      const bool counts = of_.kept[t] != 0 && l != 0;
+      const T squared = zeta != 0 && counts ? zeta * lse * lse : T{0};
       put(out.m, t, m);
       put(out.log_l, t, log_l);
       put(out.lse, t, lse);
       put(out.mass, t, of_.mass[t]);
       put(out.entropy, t, log_l - (l == 0 ? T{0} : of_.entropy[t] / l));
       if (out.argmax) out.argmax[t] = p_.options.v_start + of_.argmax[t];
-      put(out.z_loss, t, of_.kept[t] != 0 ? squared : T{0});
+      put(out.z_loss, t, squared);
       T loss = of_.mass[t] * log_l, picked = 0;
       if (of_.onehot[t] != 0) {
         loss += of_.onehot[t] * (m - of_.picked[t]);
@@ -93,7 +95,7 @@ class TokenNumbers {
         picked += of_.spread[t] * (of_.spread_sum[t] + total_ * m);
       }
       put(out.picked, t, picked);
-      put(out.loss, t, of_.kept[t] != 0 ? loss + squared : T{0});
+      put(out.loss, t, counts ? loss + squared : T{0});
     }
   }
 
@@ -151,7 +153,7 @@ class TokenNumbers {
     const T zeta2 = T{2} * static_cast<T>(p_.options.z_loss);
     for (int64_t t = 0; t < p_.T; t++) {
       const T mu = of_.mu[t], lse = of_.m[t] + of_.l[t];
-      const bool kept = of_.kept[t] != 0;
+      const bool kept = of_.kept[t] != 0 && of_.m[t] != -std::numeric_limits<T>::infinity();
       const T squared = kept && zeta2 != 0 ? zeta2 * lse * mu : T{0};
       put(p_.out.loss, t, kept ? of_.mass[t] * mu - of_.tau[t] + squared : T{0});
       put(p_.out.lse, t, mu);

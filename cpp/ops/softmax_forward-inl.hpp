@@ -34,6 +34,8 @@ class SoftmaxForward {
         chunks_(row.chunks()),
         n_(problem.columns),
         y_(R == Result::kLogY ? problem.log_y : problem.y),
+        together_((y_.inner == n_ || p_.inner == 1) &&
+                  (y_.outer == n_ * p_.inner || p_.outer == 1)),
         stream_(kStreams && stream && sizeof(X) == sizeof(T) && aligned(y_)),
         exp_(problem.scale) {}
 
@@ -47,6 +49,7 @@ class SoftmaxForward {
 
   // Rows [begin, end).
   void rows(int64_t begin, int64_t end) {
+    end_ = end;
     if (n_ <= kShortRow && !p_.sink) {
       for (int64_t r = begin; r < end; r += kGroup)
         sixteen(r, static_cast<int>(std::min<int64_t>(kGroup, end - r)));
@@ -56,7 +59,6 @@ class SoftmaxForward {
     w_ = half_a_page_from(at(p_.x, begin, 0));
     T top = top_of(at(p_.x, begin, 0), width(0));
     for (int64_t r = begin; r < end + kWrites; r++) {
-      end_ = end;
       for (int64_t c = 0; c < chunks_; c++) {
         if (r == begin)
           top = step<true, false>(r, c, top);
@@ -165,8 +167,9 @@ class SoftmaxForward {
       top_of[u] = set1(kNone);
       sum_of[u] = zero<T>();
     }
-    // the last line of the chunk that is not stored whole
-    if (STREAM && numbers_before_aligned(to)) __builtin_prefetch(to + n - 1, 1);
+    const bool joined = STREAM && chunk_follows(r - 1, c);
+    // the last line, where it is not stored whole
+    if (STREAM && !joined && numbers_before_aligned(to)) __builtin_prefetch(to + n - 1, 1);
     const int lead = STREAM ? write_head(to, n, x, written) : 0;
     const int common = std::min(n - lead, next_n);
     int j = 0;
@@ -182,11 +185,15 @@ class SoftmaxForward {
           if constexpr (R == Result::kY) store(w + i, e);
         }
       }
-    if constexpr (BACK)
-      for (int i = j + lead; i < n; i += kW) {
-        const int left = std::min(kW, n - i);
-        store_some(to + i, left, written(i, left));
-      }
+    if constexpr (BACK) {
+      int i = j + lead;
+      for (; i + kW <= n; i += kW) put<STREAM>(to + i, written(i, kW));
+      if constexpr (STREAM)
+        end_run(to + i, n - i, joined,
+                [&]() __attribute__((always_inline)) { return written(i, n - i); });
+      else if (i < n)
+        store_some(to + i, n - i, written(i, n - i));
+    }
     if constexpr (!FRONT) return top;
     Lanes64<T> tops, sums;
     TW_UNROLL_LANES for (int u = 0; u < kAll; u++) {
@@ -201,14 +208,55 @@ class SoftmaxForward {
       sums.of[u] += e;
       if constexpr (R == Result::kY) store_some(w + i, left, e);
     });
-    states_[c] = {top, sums.total()};
+    const T l = sums.total();
+    states_[c] = {l == l ? top : top_with_nan(top, x, n), l};
     return tops.top();
   }
 
-  // Returns how many columns these are.
-  static int write_head(X* to, int n, const X* x, const Back& written) {
+  // Whether what is written after a chunk of y lies behind it in memory.
+  bool chunk_follows(int64_t r, int64_t c) const {
+    return c + 1 < chunks_ || (together_ && r + 1 < end_);
+  }
+
+  // --- Stores past the caches take whole registers: what is left of a run in memory is held back
+  // for the next one, if that begins where it ends -------
+
+  // Stores what comes before the first aligned of n numbers, and what is held; returns how many of
+  // the n that were.
+  template <class F>
+  TW_MEMBER int begin_run(X* to, int n, const F& first) {
     const int ahead = std::min(n, numbers_before_aligned(to));
-    if (ahead) store_some(to, ahead, written(0, ahead));
+    if (ahead == 0) return 0;
+    if (held_ == 0) {
+      store_some(to, ahead, first(ahead));
+      return ahead;
+    }
+    store_some(line_ + held_, ahead, first(ahead));
+    held_ += ahead;
+    if (held_ == kW) {
+      put<true>(to + ahead - kW, load(line_));
+      held_ = 0;
+    }
+    return ahead;
+  }
+  // The last n numbers of a run, fewer than a register's.
+  template <class F>
+  TW_MEMBER void end_run(X* to, int n, bool joined, const F& last) {
+    if (n > 0 && joined) {
+      store(line_, last());
+      held_ = n;
+    } else if (n > 0) {
+      store_some(to, n, last());
+    } else if (held_ && !joined) {
+      store_some(to - held_, held_, load(line_));
+      held_ = 0;
+    }
+  }
+
+  // Returns how many columns these are.
+  int write_head(X* to, int n, const X* x, const Back& written) {
+    const int ahead = begin_run(
+        to, n, [&](int count) __attribute__((always_inline)) { return written(0, count); });
     const int lead = x ? lead_of<X>(to + ahead, x) : 0, end = std::min(n, ahead + lead);
     int j = ahead;
     for (; j + kW <= end; j += kW) put<true>(to + j, written(j, kW));
@@ -242,7 +290,6 @@ class SoftmaxForward {
       Lanes64<T> sum;
       const Vec<T> top = set1(high[i]);
       const X* far = x[i] + kGroup * n_;
-      if (R != Result::kNone && stream_) __builtin_prefetch(at(y_, r + i, 0) + n - 1, 1);
       each_register<T>(n, [&](int j, int u, int left) __attribute__((always_inline)) {
         if (u * kW * sizeof(X) % 64 == 0) prefetch_ahead(far + j);
         const Vec<T> e = exp(load_some(x[i] + j, left, kNone) - top);
@@ -252,14 +299,15 @@ class SoftmaxForward {
       keep(i, sum, Sum{});
     }
     trees<T>(part, Sum{}, l);
+    for (int i = 0; i < count; i++)
+      if (l[i] != l[i]) m[i] = top_with_nan(m[i], x[i], n);
     finish_sixteen(r, count, m, l, high);
   }
   void finish_sixteen(int64_t r, int count, const T* m, const T* l, const T* high) {
     alignas(64) T inverse[kGroup], log_l[kGroup];
     row_.put_sixteen(r, count, m, l, inverse, log_l);
     if constexpr (R == Result::kY && kStreams && sizeof(X) == sizeof(T))
-      if (stream_ && (count == 1 || at(y_, r + 1, 0) == at(y_, r, 0) + n_))
-        return write_together(r, count, inverse);
+      if (stream_ && together_) return write_together(r, count, inverse);
     if constexpr (R != Result::kNone)
       for (int i = 0; i < count; i++) {
         const int n = static_cast<int>(n_);
@@ -286,8 +334,9 @@ class SoftmaxForward {
         f = select(lanes<T>((1u << (end - j)) - 1), f, set1(inverse[++i]));
       return f;
     };
-    int j = std::min(all, numbers_before_aligned(to));
-    if (j) store_some(to, j, load_some(w_, j, T{0}) * factors(0, j));
+    int j = begin_run(to, all, [&](int ahead) __attribute__((always_inline)) {
+      return load_some(w_, ahead, T{0}) * factors(0, ahead);
+    });
     while (j + kW <= all) {
       const Vec<T> last = set1(inverse[i]);
       for (; j + kW <= end; j += kW) put<true>(to + j, load(w_ + j) * last);
@@ -295,7 +344,9 @@ class SoftmaxForward {
       put<true>(to + j, load(w_ + j) * factors(j, j + kW));
       j += kW;
     }
-    if (j < all) store_some(to + j, all - j, load_some(w_ + j, all - j, T{0}) * factors(j, all));
+    end_run(to + j, all - j, r + count < end_, [&]() __attribute__((always_inline)) {
+      return load_some(w_ + j, all - j, T{0}) * factors(j, all);
+    });
   }
   template <bool STREAM>
   TW_MEMBER static void write(X* to, int n, const Back& written) {
@@ -309,9 +360,12 @@ class SoftmaxForward {
   SoftmaxRow<T>& row_;
   const int64_t chunks_, n_;
   const View3 y_;
+  const bool together_;  // rows of y without gaps
   const bool stream_;
   const Exp<T> exp_;
   int64_t end_ = 0;
+  alignas(64) T line_[kW];
+  int held_ = 0;  // numbers of line_ that are still to be stored
   ChunkState<T>* states_ = nullptr;
   T *factors_ = nullptr, *tops_ = nullptr, *buffer_ = nullptr, *w_ = nullptr;
 };

@@ -198,6 +198,14 @@ struct Lanes64 {
   TW_MEMBER T top() const { return fold(Top{}); }
 };
 
+// The maximum of entries whose sum of exponentials is NaN, of which one of +inf may be the reason.
+template <class T, class X>
+TW_NOINLINE T top_with_nan(T m, const X* x, int n) {
+  for (int i = 0; i < n; i++)
+    if (const T entry = wide(x[i]); entry != entry) return entry;
+  return m;
+}
+
 // exp(k d) for d <= 0, with k log2(e) in two parts: within 2 ulp of exp of the rounded d k. Exactly
 // 1 at 0, and +0 below 2^(kCut - 1/2).
 template <class T>

@@ -61,7 +61,7 @@ class SoftmaxRow {
     const Vec<T> high = finite_max<T>(set1(m));
     const T l = kept_ ? sum_of_weights<true>(x, n, high, weights_ + chunk * kChunk)
                       : sum_of_weights<false>(x, n, high, nullptr);
-    return {m, l};
+    return {l == l ? m : top_with_nan(m, x, n), l};
   }
 
   // Merges the chunks' states and the sink; one of those who do writes the numbers of the row.
@@ -281,7 +281,7 @@ class SoftmaxRow {
     const T x = sink_scale_.x<T>(z), top = x > *m ? x : *m;
     const T lowest = std::numeric_limits<T>::lowest();
     *l = *l * exp_((lowest > *m ? lowest : *m) - top);
-    *m = m_ = top;
+    *m = m_ = z != z ? z : top;
     *l += z != z ? z : exp_sink(z);
   }
 

@@ -233,7 +233,21 @@ class SoftmaxStrip {
     else
       add_weights<REGS, false>(chunk, n, top, kept);
     fold<REGS>(n, found.l);
+    bool finite = true;
+    TW_UNROLL_LANES for (int r = 0; r < REGS; r++) finite &=
+        !any(unordered(load(found.l + r * kW)));
+    if (!finite) put_nan_tops<REGS>(chunk, n, found.m);
     return found;
+  }
+  template <int REGS>
+  __attribute__((noinline)) void put_nan_tops(int64_t chunk, int n, T* m) {
+    each_block(n, [&](int first, int many) {
+      const Beside<const T> x = read<REGS>(p_.x, chunk, first, many, kNone, scratch_[0]);
+      each<REGS>(many, [&](int j, int r) {
+        const Vec<T> v = number<REGS>(x, j, r);
+        store(m + r * kW, select(unordered(v), v, load(m + r * kW)));
+      });
+    });
   }
   // Partial sums of exp(x - m); the weights take the place of x where they are kept.
   template <int REGS, bool KEPT>
@@ -482,7 +496,7 @@ class SoftmaxStrip {
     const Vec<T> after = before + select(unordered(z), z, weights_of_sinks(z, top));
     const auto none = equal(z, set1(kNone));
     *l = select(none, *l, after);
-    *m = select(none, *m, top);
+    *m = select(none, *m, select(unordered(z), z, top));
   }
 
   // --- Memory -------

@@ -8,7 +8,9 @@
 // The state (m, l) takes another in, which comes behind it.
 template <class T>
 TW_INLINE void add_state(const Exp<T>& exp, Vec<T> other_m, Vec<T> other_l, Vec<T>* m, Vec<T>* l) {
-  const Vec<T> top = max(other_m, *m), high = finite_max<T>(top);
+  // max(a, b) is b where either is NaN
+  const Vec<T> top = select(unordered(other_m), other_m, max(other_m, *m)),
+               high = finite_max<T>(top);
   *l = *l * exp(finite_max<T>(*m) - high) + other_l * exp(finite_max<T>(other_m) - high);
   *m = top;
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tilewise.bench import board, board_steps
+from tilewise.bench import board, board_jax, board_steps
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_board.py"
 
@@ -215,3 +215,35 @@ def test_the_checks_of_a_board_find_a_wrong_result(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(made, "_attention", wrong)
     with pytest.raises(AssertionError, match="o is off by"):
         board_steps.check("sdpa flash", 16, causal=True)
+
+
+def test_steps_in_jax_check_what_they_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jax")
+    made = board_jax.__dict__
+    monkeypatch.setitem(made, "_SHAPE", (1, 67, 2))
+    monkeypatch.setitem(made, "CONTENDERS", ("tilewise.jax", "jax.nn cudnn"))
+    if board_jax.missing() is not None:
+        with pytest.raises(RuntimeError, match="JAX finds no GPU"):
+            board_jax.run(16, causal=True)
+    monkeypatch.setitem(made, "missing", lambda: None)
+    monkeypatch.setitem(made, "_milliseconds", lambda *given: 2.5)
+    right = made["_attend"]
+    found = board_jax.run(16, causal=True)
+    ours = found["tilewise.jax"]
+    assert ours["passes"] == ["forward", "backward"] and ours["ms"]["backward"] == 2.5
+    assert "reason" in found["jax.nn cudnn"]
+    results = {"schema": 1, "steps": {"board": {"status": "done", "result": {}}}}
+    results["steps"]["board"]["result"] |= {"name": "Some", "torch": "2", "triton": "3"}
+    results["steps"]["jax D=64 causal"] = {"status": "done", "result": found}
+    results["steps"]["jax D=128 causal"] = {"status": "failed", "reason": "no JAX"}
+    text = board.tables(results)
+    assert "tilewise.jax forward 2.50 ms, backward 2.50 ms" in text
+    assert "jax D=128 causal: no JAX" in text and board.faults(results) == []
+
+    def wrong(*given: Any) -> Any:
+        attend = right(*given)
+        return lambda *x: 1.02 * attend(*x)
+
+    monkeypatch.setitem(made, "_attend", wrong)
+    with pytest.raises(AssertionError, match="o is off by 2"):
+        board_jax.check("tilewise.jax", 16, causal=True)

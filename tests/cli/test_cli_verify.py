@@ -244,6 +244,7 @@ def test_an_unwritable_report_is_refused_before_the_audit(monkeypatch, capsys, t
 
 def test_info_shows_version_targets_and_peers():
     result = CliRunner().invoke(app, ["info"])
+    assert "JAX on CUDA" in result.output
     assert result.exit_code == 0, result.output
     assert tilewise.__version__ in result.output
     for word in ("numpy", "python", "processor", "system"):

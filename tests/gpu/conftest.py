@@ -44,5 +44,26 @@ def _cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
     return _cast(self, src, dst_type)
 
 
+_launch, _patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+_ready: set[int] = set()
+
+
+def _launched(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Run a kernel; what its functions find in their modules is put there anew."""
+    _ready.clear()
+    _launch(self, *args, **kwargs)
+
+
+def _patch_once(fn: Any) -> Any:
+    """Put NumPy into a module once a launch; the interpreter does so at each call of a function."""
+    module = id(fn.__globals__)
+    if module in _ready:
+        return interpreter._LangPatchScope()
+    _ready.add(module)
+    return _patch(fn)
+
+
 _Builder.create_dot = _create_dot
 _Builder.cast_impl = _cast_impl
+interpreter.GridExecutor.__call__ = _launched
+interpreter._patch_lang = _patch_once

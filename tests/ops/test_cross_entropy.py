@@ -433,6 +433,20 @@ def test_a_class_of_minus_infinity_without_weight_is_absent(
         np.testing.assert_array_equal(np.isposinf(found), [False, True, False])
 
 
+@pytest.mark.parametrize("columns", [41, 5003])
+def test_a_nan_is_seen_beside_an_infinity(implementation: str, columns: int) -> None:
+    last = columns - 1
+    z = drawn(5, columns, dtype=F32)
+    for row, (nan, inf) in enumerate([(0, last), (last, 0), (7, 8)]):
+        z[row, nan], z[row, inf] = NAN, INF
+    z[3, 3] = INF
+    found = cross_entropy(
+        z, np.full(5, 2), reduction="none", return_lse=True, implementation=implementation
+    )
+    assert np.isnan(found.lse[:3]).all() and found.lse[3] == INF and np.isfinite(found.lse[4])
+    np.testing.assert_array_equal(np.isnan(found.loss), [True, True, True, True, False])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [NAN, INF])

@@ -392,6 +392,7 @@ def test_a_class_without_a_chance_gets_nothing() -> None:
     problem.bias[:] = -np.inf
     empty = problem.forward()
     assert (empty["lse"] == -np.inf).all()
+    assert not empty["loss"].any()
     assert not empty["dhidden"].any()
     assert not empty["dweight"].any()
 

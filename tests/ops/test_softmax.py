@@ -463,6 +463,48 @@ def test_a_visible_nan_or_infinity_spoils_its_row_alone(
     assert y[[0, 2]].tobytes() == clean["y"][[0, 2]].tobytes()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [41, 701, 5003])
+def test_a_nan_is_seen_beside_an_infinity(
+    implementation: str, dtype: np.dtype[Any], columns: int
+) -> None:
+    """Wherever each stands, in rows one after another and side by side."""
+    last = columns - 1
+    x = drawn(19, columns, dtype=dtype)
+    for row, (nan, inf) in enumerate([(0, last), (last, 0), (7, 8), (last, last // 2)]):
+        x[row, nan], x[row, inf] = NAN, INF
+    x[5, 3] = INF
+    for lies, axis in ((x, 1), (np.ascontiguousarray(x.T), 0)):
+        for options in ({}, {"sink": np.ones(19, dtype)}):
+            lse = logsumexp(lies, axis, implementation=implementation, **options)
+            assert np.isnan(lse[:4]).all()
+            assert lse[5] == INF
+            assert np.isfinite(lse[[4, *range(6, 19)]]).all()
+
+
+@pytest.mark.parametrize("columns", [129, 2049, 5003])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_large_results_have_the_same_bits_wherever_they_lie(columns: int, gap: int) -> None:
+    """They go past the caches by whole lines, which rows and chunks do not end with."""
+    rows = (17 << 20) // (4 * columns)
+    x, size = drawn(rows, columns, dtype=F32), rows * (columns + gap)
+    shown = [0, 1, 15, 16, 17, rows // 2, rows - 2, rows - 1]
+    memory = np.empty(size + 64, np.float32)
+    for function in (softmax, log_softmax):
+        want = function(x[shown])
+        for start in (0, 5, 15):
+            memory.fill(3)
+            first = -memory.ctypes.data % 64 // 4 + start
+            lines = memory[first : first + size].reshape(rows, columns + gap)
+            function(x, out=lines[:, :columns])
+            assert lines[shown, :columns].tobytes() == want.tobytes()
+            assert (lines[:, columns:] == 3).all()
+            assert (memory[:first] == 3).all() and (memory[first + size :] == 3).all()
+            sums = lines[:, :columns].sum(axis=1, dtype=np.float64)
+            if function is softmax:
+                np.testing.assert_allclose(sums, 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_large_logits_keep_their_digits(implementation: str, dtype: np.dtype[Any]) -> None:
     """Rows of -1e9 or of the smallest number, as additive masks make them, are uniform."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from hashlib import blake2b
 from threading import Lock
 from typing import Any, Final
@@ -121,7 +121,23 @@ _recent = _Recent(_RECENT_BYTES)
 
 
 def _build(text: str, arrays: Arrays, operator: str) -> Mask:
-    """Evaluate the expression; nothing but masks, numbers and the names of arrays can be in it."""
+    """Return the mask that an expression makes."""
+    dense = partial(as_mask, operator=operator)
+    mask: Mask = evaluate(text, arrays, {**_PATTERNS, "dense": dense}, operator)
+    return mask
+
+
+def evaluate(
+    text: str, arrays: Sequence[Any], functions: Mapping[str, Callable[..., Any]], operator: str
+) -> Any:
+    """Evaluate an expression; nothing but functions, numbers and names of arrays can be in it.
+
+    Args:
+        text: The expression.
+        arrays: What `a0`, `a1`, ... stand for.
+        functions: What the names of patterns call; what they return is combined by `&` and `|`.
+        operator: The name that error messages start with.
+    """
 
     def value(node: ast.expr) -> Any:
         match node:
@@ -129,17 +145,15 @@ def _build(text: str, arrays: Arrays, operator: str) -> Mask:
                 return value(left) & value(right)
             case ast.BinOp(left=left, op=ast.BitOr(), right=right):
                 return value(left) | value(right)
-            case ast.Call(func=ast.Name(id="dense"), args=[array], keywords=[]):
-                return as_mask(value(array), operator)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if (
-                name in _PATTERNS
+                name in functions
             ):
                 named = {str(keyword.arg): value(keyword.value) for keyword in keywords}
-                return _PATTERNS[name](*map(value, args), **named)
+                return functions[name](*map(value, args), **named)
             case ast.Name(id=name):
                 return arrays[int(name.removeprefix("a"))]
             case ast.Constant(value=constant):
                 return constant
         raise ValueError(f"{operator}: mask literal must be an expression of masks, got {text!r}")
 
-    return value(ast.parse(text, mode="eval").body)  # type: ignore[no-any-return]
+    return value(ast.parse(text, mode="eval").body)

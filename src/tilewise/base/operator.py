@@ -135,6 +135,8 @@ class Implementation:
         reduces: Of a loss: whether it reduces losses and their tangents itself, and takes
             cotangents of reduced ones; otherwise it has those of rows.
         interprets: Whether it is one for a GPU whose kernels are interpreted here, on the CPU.
+        lower_mask: ``(mask of bytes, N, Nk, dtype of 16 bits, dtype of 8) -> tensors`` of
+            `PackedBits`, made on the device of the mask; or None.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Implementation:
     jvp_jvp: Callable[..., Any] | None = None
     reduces: bool = False
     interprets: bool = False
+    lower_mask: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,10 @@ class FlatOperator:
         read_outputs: Names of the active outputs that derivatives read, None for all. The others
             are given to derivatives as None, so that nothing keeps them.
         orders: Whether `prepare` brings its arrays into C order, with copies where it has to.
-        read_inputs: Names of the inputs whose entries `prepare` reads; of the others it looks only
-            at shapes, strides and dtypes.
+        strided: Whether kernels of a GPU take tensors in any strides, and not only such whose last
+            dimension is contiguous.
+        read_inputs: Names of the inputs whose entries a call is made from. Of the others `prepare`
+            does no more than refuse some values, which it cannot on a device.
         split_over: ``(kind, arrays, options) -> number`` of first dimensions of all arguments and
             results that are batches as with `folds`; by default what that says.
     """
@@ -256,6 +261,7 @@ class FlatOperator:
     read_outputs: tuple[str, ...] | None = None
     read_inputs: tuple[str, ...] = ()
     orders: bool = False
+    strided: bool = False
 
     @cached_property
     def reads(self) -> tuple[bool, ...]:

@@ -33,6 +33,7 @@ __all__ = [
 SCHEMA: Final = 1
 LENGTHS: Final = (512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS: Final = (64, 128, 256)
+JAX_HEAD_DIMS: Final = (64, 128)
 TOKENS, WIDTH = 16384, 2048
 """Tokens and width of every problem: a tensor has 64 MiB, more than the second-level cache."""
 
@@ -124,6 +125,8 @@ def steps() -> Iterator[Step]:
                 yield Step(f"sweep {kind} D={D}", "sweep", {"kind": kind, "D": D})
     for problem in problems():
         yield Step(problem.name, "time", asdict(problem))
+    for D in JAX_HEAD_DIMS:
+        yield Step(f"jax D={D} causal", "jax", {"D": D, "causal": True})
 
 
 def new_results() -> dict[str, Any]:
@@ -251,6 +254,7 @@ def tables(results: Mapping[str, Any]) -> str:
         if rows:
             head = f"| {kind} | " + " | ".join(CONTENDERS) + " |\n|---|" + "---:|" * len(CONTENDERS)
             parts.append("\n".join([head, *rows]))
+    parts += [f"{name}: {text}" for name, text in _of_jax(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -263,3 +267,20 @@ def _row(results: Mapping[str, Any], problem: Problem) -> str:
         ms = entry["result"].get(contender, {}).get("ms")
         cells.append(f"{problem.flops / ms / 1e9:.0f}" if ms else "-")
     return f"| {problem.name.partition(' ')[2]} | " + " | ".join(cells) + " |"
+
+
+def _of_jax(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Return what each step in JAX found, in words."""
+    for step in steps():
+        entry = results["steps"].get(step.name, {})
+        if step.action != "jax" or not entry:
+            continue
+        if entry["status"] == "failed":
+            yield step.name, entry["reason"]
+            continue
+        found = dict(entry["result"])
+        version, said = found.pop("jax"), []
+        for contender, of in found.items():
+            times = [f"{kind} {ms:.2f} ms" for kind, ms in of.get("ms", {}).items()]
+            said.append(f"{contender} {', '.join(times) or of.get('reason', 'nothing')}")
+        yield step.name, f"JAX {version}; {'; '.join(said)}"

@@ -8,17 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tilewise.bench import board_jax
 from tilewise.bench.board import OURS, Problem, Step, is_checked
+from tilewise.bench.board_oracle import BOUNDS, error, oracle
 from tilewise.hardware import machine
 
 __all__ = ["board_or_reason", "check", "run"]
-
-BOUNDS: Final = {"forward": 8e-3, "backward": 1.6e-2}
-"""Largest relative error of bfloat16 against the float64 oracle, in Frobenius norm."""
 
 _SWEPT_LENGTH = 4096
 _REPEATS, _WARM_UPS, _SECONDS = 50, 3, 0.4
@@ -55,6 +55,7 @@ def run(step: Step, results: Mapping[str, Any]) -> Any:
     actions: dict[str, Callable[..., Any]] = {
         "board": lambda: board_or_reason()[0],
         "check": check,
+        "jax": board_jax.run,
         "sanitize": _sanitize,
         "sweep": _sweep,
         "time": lambda **given: _time_all(Problem(**given), results),
@@ -84,9 +85,10 @@ def check(contender: str, D: int, causal: bool) -> dict[str, Any]:
             tensors = _fresh(D, *shape)
             found, again = (_results(contender, tensors, causal) for _ in range(2))
             same = same and all(torch.equal(found[name], again[name]) for name in found)
-            expected = _oracle(tensors, causal)
+            expected = oracle([_float64(x) for x in tensors], causal)
             for name, tensor in found.items():
-                errors[name] = max(_error(tensor, expected[name]), errors.get(name, 0.0))
+                own = error(_float64(tensor), expected[name])
+                errors[name] = max(own, errors.get(name, 0.0))
     passes = ["forward"] if errors["o"] <= BOUNDS["forward"] else []
     if "dq" in errors and max(errors[x] for x in ("dq", "dk", "dv")) <= BOUNDS["backward"]:
         passes.append("backward")
@@ -133,22 +135,9 @@ def _results(contender: str, tensors: list[Any], causal: bool) -> dict[str, Any]
     return found | dict(zip(("dq", "dk", "dv"), grads, strict=True))
 
 
-def _oracle(tensors: list[Any], causal: bool) -> dict[str, Any]:
-    import tilewise as tw
-    from tilewise.ops.attention import reference
-    from tilewise.ops.attention.spec import Needed, Want, prepare, prepare_vjp
-
-    q, k, v, do = (x.detach().double().cpu().numpy() for x in tensors)
-    call = prepare(q, k, v, mask=tw.causal() if causal else None)
-    outputs = reference.forward(call, Want())
-    grads = reference.vjp(call, prepare_vjp(call, do, outputs.o, outputs.stats), Needed())
-    return {"o": outputs.o, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
-
-
-def _error(found: Any, expected: Any) -> float:
-    """Return the relative error in Frobenius norm; infinity where there is NaN."""
-    error = np.linalg.norm(found.double().cpu().numpy() - expected) / np.linalg.norm(expected)
-    return float(error) if np.isfinite(error) else float("inf")
+def _float64(tensor: Any) -> NDArray[np.float64]:
+    array: NDArray[np.float64] = tensor.detach().double().cpu().numpy()
+    return array
 
 
 def _attention(contender: str, inputs: Sequence[Any], causal: bool) -> Any:

@@ -6,7 +6,7 @@ import typer
 
 __all__ = ["info", "register"]
 
-_PEERS = ("numpy", "torch", "jax", "scipy", "matplotlib")
+_PEERS = ("numpy", "torch", "jax", "triton", "scipy", "matplotlib")
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +53,7 @@ def _core() -> dict[str, str]:
         "targets": ", ".join(targets),
         "threads": str(_core.num_threads()),
         "JAX runs by": _jax(),
+        "JAX on CUDA": _jax_on_cuda(),
     }
 
 
@@ -62,3 +63,17 @@ def _jax() -> str:
     except ImportError:
         return "host callbacks (built without XLA's headers)"
     return f"a handler in XLA, built for version {'.'.join(map(str, _xla.API))} of its interface"
+
+
+def _jax_on_cuda() -> str:
+    """Say whether programs for CUDA can be lowered, and whether JAX could run them, in words."""
+    from importlib.util import find_spec
+
+    if find_spec("tilewise._xla") is None:
+        return "no programs: built without XLA's headers"
+    if find_spec("triton") is None:
+        return "no programs: the package triton is not installed"
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    found = next((name for name in plugins if find_spec(name) is not None), None)
+    runs = f"{found} is installed" if found else "JAX is installed without CUDA"
+    return f"programs are lowered with Triton, never tried on a GPU; {runs}"

@@ -24,7 +24,7 @@ from .gpus import GPUS
 if TYPE_CHECKING:
     from tilewise.shared.launch import Compilation
 
-__all__ = ["INSTRUCTIONS", "Resources", "build"]
+__all__ = ["INSTRUCTIONS", "Resources", "build", "compiled"]
 
 INSTRUCTIONS: Final[Mapping[str, str]] = {
     "wgmma": r"\bHGMMA\b|\bQGMMA\b|\bIGMMA\b",
@@ -99,16 +99,16 @@ def build(compilation: Compilation, arch: str) -> Resources:
     if not hasattr(compilation.kernel, "arg_names") or not hasattr(compilation.kernel, "cache_key"):
         raise RuntimeError("offline: kernels are interpreted here; unset TRITON_INTERPRET")
     with _anew() as log:
-        compiled = _compile(compilation, arch)
+        made = _compile(compilation, arch)
     gpu = GPUS[arch]
-    threads = gpu.warp * int(compiled.metadata.num_warps)
+    threads = gpu.warp * int(made.metadata.num_warps)
     if gpu.backend == "cuda":
-        code = _disassembled(compiled.asm["cubin"])
+        code = _disassembled(made.asm["cubin"])
         registers, stores, loads = _said_by_ptxas(log.getvalue())
     else:
-        code = compiled.asm["amdgcn"]
+        code = made.asm["amdgcn"]
         registers, stores, loads = _said_by_amdgcn(code)
-    shared = int(compiled.metadata.shared)
+    shared = int(made.metadata.shared)
     counts = {kind: len(re.findall(form, code)) for kind, form in INSTRUCTIONS.items()}
     return Resources(
         name=compilation.name,
@@ -143,25 +143,49 @@ def _anew() -> Iterator[io.StringIO]:
         yield log
 
 
-def _compile(compilation: Compilation, arch: str) -> Any:
-    from triton.backends.compiler import GPUTarget
+def compiled(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[Any, Any],
+    attributes: Mapping[tuple[int, ...], Any],
+    target: Any,
+    options: Mapping[str, Any],
+) -> Any:
+    """Return what Triton compiles of a kernel for any target.
+
+    Args:
+        kernel: The decorated function.
+        signature: The Triton type of each argument, "constexpr" where it is a constant.
+        constants: The values of those, by name or by place.
+        attributes: What is known of arguments, by place.
+        target: A `GPUTarget` of Triton.
+        options: Those of a launch, such as num_warps.
+    """
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
-    kernel, gpu = compilation.kernel, GPUS[arch]
     source: Any = ASTSource
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
 
         source = GluonASTSource
+    made = source(kernel, dict(signature), constexprs=dict(constants), attrs=dict(attributes))
+    return triton_compile(made, target=target, options=dict(options))
+
+
+def _compile(compilation: Compilation, arch: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    kernel, gpu = compilation.kernel, GPUS[arch]
     given = {**compilation.signature, **dict.fromkeys(compilation.constants, "constexpr")}
-    signature = {name: given[name] for name in kernel.arg_names}
     places = [i for i, name in enumerate(kernel.arg_names) if name in compilation.divisible]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in places}
-    return triton_compile(
-        source(kernel, signature, constexprs=dict(compilation.constants), attrs=attributes),
-        target=GPUTarget(gpu.backend, gpu.target, gpu.warp),
-        options={"num_warps": compilation.num_warps, "num_stages": compilation.num_stages},
+    return compiled(
+        kernel,
+        {name: given[name] for name in kernel.arg_names},
+        compilation.constants,
+        {(i,): [["tt.divisibility", 16]] for i in places},
+        GPUTarget(gpu.backend, gpu.target, gpu.warp),
+        compilation.options,
     )
 
 

@@ -21,7 +21,7 @@ zero is never made into an array: the function is told that there is no such arg
 from __future__ import annotations
 
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from inspect import signature
@@ -37,8 +37,9 @@ from jax.interpreters import ad, batching, mlir, partial_eval, xla
 from tilewise.base.dtypes import is_narrow
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
-from tilewise.dispatch import DEVICE, named
+from tilewise.dispatch import named
 
+from . import gpu
 from .execution import Function, emit, mark_batch, operators
 
 try:
@@ -84,14 +85,10 @@ def forward(
 
 @lru_cache(maxsize=256)
 def _check_implementation(operator: str, options: str) -> None:
-    """Raise where an implementation is named that does not exist, or computes on a GPU alone."""
+    """Raise where an implementation is named that does not exist."""
     name = literal_eval(options)["implementation"]
-    if name is None:
-        return
-    named(operator, name)
-    if name in DEVICE:
-        reason = "computes on tensors of PyTorch, not on arrays"
-        raise unsupported(operator, f"implementation {name!r}: {reason}")
+    if name is not None:
+        named(operator, name)
 
 
 def save_results(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -432,14 +429,8 @@ def _vmap(arguments: Arrays, dims: Arrays, *, function: Function) -> tuple[list[
 
 
 def _lower(context: Any, *operands: Any, function: Function) -> Any:
-    if function.kind == FORWARD_TWICE and function.operator.jvp_jvp is None:
-        raise unsupported(function.name, "forward mode over forward mode is not provided")
-
-    def program(*given: Any) -> Any:
-        scaled = _scaled(function, context.avals_out, given)
-        return scaled if scaled is not None else emit(function, context.avals_out, *given)
-
-    out = mlir.lower_fun(program, multiple_results=True)(context, *operands)
+    gpu.refuse_on_cpu(function)
+    out = _program(context, operands, function, emit)
     call, shapes = out[0].owner, [a.shape for a in (*context.avals_in, *context.avals_out)]
     batch = _batch(function, function.spread(context.avals_in))
     alike = all([shape[:batch] == shapes[0][:batch] for shape in shapes])
@@ -447,6 +438,22 @@ def _lower(context: Any, *operands: Any, function: Function) -> Any:
     if batch and alike and constant and call.name == "stablehlo.custom_call":
         mark_batch(call, batch)
     return out
+
+
+def _lower_for_cuda(context: Any, *operands: Any, function: Function) -> Any:
+    return _program(context, operands, function, gpu.emit)
+
+
+def _program(context: Any, operands: Arrays, function: Function, emit: Callable[..., Any]) -> Any:
+    """Return the results of a function in the program that is being lowered."""
+    if function.kind == FORWARD_TWICE and function.operator.jvp_jvp is None:
+        raise unsupported(function.name, "forward mode over forward mode is not provided")
+
+    def program(*given: Any) -> Any:
+        scaled = _scaled(function, context.avals_out, given)
+        return scaled if scaled is not None else emit(function, context.avals_out, *given)
+
+    return mlir.lower_fun(program, multiple_results=True)(context, *operands)
 
 
 def _scaled(function: Function, results: Arrays, given: Arrays) -> list[Any] | None:
@@ -492,6 +499,7 @@ def _primitive(kind: str) -> Primitive:
     ad.primitive_jvps[primitive] = _jvp
     batching.primitive_batchers[primitive] = _vmap
     mlir.register_lowering(primitive, _lower, platform="cpu")
+    mlir.register_lowering(primitive, _lower_for_cuda, platform="cuda")
     partial_eval.dce_rules[primitive] = _dce
     if kind == "forward" and _KNOWN:
         # Without it reverse mode goes by `_jvp`: gradients are computed in the backward pass.

@@ -25,6 +25,9 @@ from tilewise.dispatch import evaluate
 TARGET = "tilewise_evaluate"
 """The name by which compiled and exported programs call the handler."""
 
+LAUNCHER = "tilewise_launch"
+"""The name by which those for CUDA call the handler that launches kernels."""
+
 operators: dict[str, FlatOperator] = {}
 """Those that programs may name."""
 
@@ -147,6 +150,7 @@ def _load() -> tuple[bool, str]:
     xla.set_run(run, np.ndarray, {**dtypes, "bfloat16": bfloat16("tilewise.jax")})
     jax.ffi.register_ffi_target(TARGET, xla.handler(), platform="cpu")
     jax.ffi.register_ffi_target_as_batch_partitionable(TARGET)
+    jax.ffi.register_ffi_target(LAUNCHER, xla.launcher(), platform="CUDA")
     return True, f"XLA handler, built for version {_shown(built)} of its interface"
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import numpy as np
 import triton
@@ -17,8 +18,37 @@ INTERPRETS = not isinstance(sum_parts_kernel, triton.JITFunction)
 """Whether Triton interprets its kernels, on the CPU, instead of compiling them."""
 
 
+class Recorder(Protocol):
+    """What takes launches down instead of running them.
+
+    Attributes:
+        arch: The architecture that they are for.
+    """
+
+    arch: str
+
+    def launch(self, kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
+        """Take down a launch of a kernel with all of its arguments, constants included."""
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Let launches be taken down; the tensors of calls may be stand-ins then."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
 def architecture() -> str:
     """Return the architecture that kernels run on."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder.arch
     if INTERPRETS:
         return INTERPRETER
     target = triton.runtime.driver.active.get_current_target()
@@ -35,8 +65,12 @@ def launch(kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
     if 0 in plan.grid:
         return
     given = {**arguments, **plan.constants}
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.launch(kernel, plan, given)
+        return
     with _unwarned() if INTERPRETS else nullcontext():
-        kernel[plan.grid](**given, num_warps=plan.num_warps, num_stages=plan.num_stages)
+        kernel[plan.grid](**given, **plan.options)
 
 
 @contextmanager

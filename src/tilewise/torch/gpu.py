@@ -7,10 +7,9 @@ kernels get is the validated call with the tensors in their places.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import fields, is_dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -21,20 +20,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilewise.base._lowering import Size
 from tilewise.base.dtypes import bfloat16
 from tilewise.base.errors import unsupported
-from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator, Implementation
+from tilewise.base.literals import DENSE
+from tilewise.base.masks import PackedBits, check_dense
+from tilewise.base.operator import FlatOperator, Implementation
 from tilewise.dispatch import DEVICE, TABLE, device_implementation, evaluate_by
+from tilewise.ops.attention.spec import PACKED
+from tilewise.shared import stand_ins
 
 Array = NDArray[Any]
 Tensors = tuple[Any, ...]
 
-_ALIGNMENT = 64
-_FIRST_REGION = 1 << 32
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_FUNCTIONS = (*KINDS, "forward_jvp", FORWARD_TWICE)
 _uploads: dict[tuple[int, torch.device], tuple[ref[Any], Any]] = {}
-_regions: list[tuple[mmap.mmap, int]] = []
 
 
 @cache
@@ -64,20 +63,32 @@ def run(
         tensors: Its flat arguments, with trailing inputs of a forward pass perhaps left out.
     """
     first = tensors[operator.first[kind]]
-    name = _chosen(operator, options["implementation"], first)
-    given = [None if t is None else _readable(t) for t in tensors]
-    if operator.orders:
-        given = [None if t is None else t.contiguous() for t in given]
+    name = implementation_for(operator, options["implementation"], first)
+    given = [None if t is None else readable(t, operator) for t in tensors]
     one = partial(_run_one, operator, kind, name, options, needed)
     extra = first.ndim - operator.rank
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    with device_of(first):
         if extra == 0:
             return one(given)
-        leading, stage = first.shape[:extra], _Stage(first.device)
+        leading, stage = first.shape[:extra], Stage(first.device)
         if operator.folds(kind, [stage.stand_in(t) for t in given], options) and 0 not in leading:
             merged = [None if t is None else t.reshape(-1, *t.shape[extra + 1 :]) for t in given]
             return tuple([None if r is None else _unfolded(r, leading) for r in one(merged)])
-        return _each(one, given, leading)
+        return _each(operator, one, given, leading)
+
+
+def serving(operator: FlatOperator, implementation: str | None, first: Any) -> Implementation:
+    """Return the implementation on tensors that serves calls with such a first input.
+
+    Raises:
+        Unsupported: There is none, or the one that is named computes elsewhere.
+    """
+    return device_implementation(operator.name, implementation_for(operator, implementation, first))
+
+
+def device_of(tensor: Any) -> AbstractContextManager[Any]:
+    """Make the GPU of a tensor the one on which kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def adapted(
@@ -94,78 +105,36 @@ def adapted(
         to_tensor: What to give it for an array of a call.
         to_array: What to return for a tensor of its results.
     """
-
-    def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            given = [_mapped(x, np.ndarray, to_tensor) for x in arguments]
-            reason = implementation.refuses(given[0])
-            if reason is not None:
-                raise unsupported(operator, f"implementation {implementation.name!r}: {reason}")
-            return _mapped(function(*given), torch.Tensor, to_array)
-
-        return run
-
-    own = {kind: getattr(implementation, kind) for kind in _FUNCTIONS}
-    functions: dict[str, Any] = {k: None if f is None else on_arrays(f) for k, f in own.items()}
-    # What it refuses is asked with tensors, above.
-    return replace(implementation, **functions, refuses=lambda call: None)
+    return stand_ins.adapted(operator, implementation, torch.Tensor, to_tensor, to_array)
 
 
-class _Stage:
-    """Arrays that stand in for the tensors of one call, and the way back to the tensors."""
+class Stage(stand_ins.Stage):
+    """Arrays that stand in for the tensors of one call, and the way back to the tensors.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._region, self._base = _region(_FIRST_REGION)
-        self._end = 0
-        self._places: list[tuple[int, int, Any]] = []
-        self._regions = [self._region]
+    Args:
+        device: Where the tensors are.
+        keeps: Whether arrays of integers stay on the device for other calls, as masks do.
+    """
 
-    def stand_in(self, tensor: Any) -> Array | None:
-        """Return an array of zeros with the shape, the strides and the dtype of a tensor."""
-        if tensor is None:
-            return None
-        dtype, size = _dtype(tensor.dtype), tensor.element_size()
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        extent = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * step for n, step in steps)
-        start, taken = self._end, max(extent * size, 1)
-        self._end += -(-taken // _ALIGNMENT) * _ALIGNMENT
-        if self._end > len(self._region):
-            # What stands already keeps its own region.
-            self._region, self._base = _region(2 * self._end)
-            self._regions.append(self._region)
-        strides = [size * step for step in tensor.stride()]
-        array: Array = np.ndarray(tuple(tensor.shape), dtype, self._region, start, strides)
-        self._places.append((self._base + start, taken, tensor))
-        return array
+    def __init__(self, device: torch.device, keeps: bool = True) -> None:
+        def new(array: Array) -> Any:
+            if array.size:
+                return (_uploaded if keeps else sent)(array, device)
+            return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=device)
+
+        super().__init__(_dtype, new)
 
     def copy(self, tensor: Any) -> Array | None:
         """Return an array with the entries of a tensor; of one on a GPU they are waited for."""
         if tensor is None:
             return None
-        array: Array = tensor.cpu().contiguous().numpy()
-        self._places.append((_address(array), max(array.nbytes, 1), tensor.contiguous()))
+        plain = tensor.cpu().contiguous()
+        if plain.dtype is torch.bfloat16:
+            array: Array = plain.view(torch.int16).numpy().view(bfloat16("torch"))
+        else:
+            array = plain.numpy()
+        self.place(array, tensor.contiguous(), max(array.nbytes, 1))
         return array
-
-    def tensor(self, array: Array) -> Any:
-        """Return what an array stands for: a tensor, a view of one, or a new one on the device.
-
-        Raises:
-            RuntimeError: The array holds numbers that were computed from stand-ins.
-        """
-        at = _address(array)
-        for start, taken, tensor in self._places:
-            if start <= at < start + taken and array.size:
-                size = array.itemsize
-                strides = [step // size for step in array.strides]
-                if at == start and array.shape == tuple(tensor.shape):
-                    return tensor if list(tensor.stride()) == strides else _view(tensor, array, 0)
-                return _view(tensor, array, (at - start) // size)
-        if array.size == 0:
-            return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=self._device)
-        if array.dtype.kind not in "iub":
-            raise RuntimeError(f"a stand-in of {array.dtype} was copied")
-        return _uploaded(array, self._device)
 
 
 def _run_one(
@@ -178,25 +147,71 @@ def _run_one(
 ) -> Tensors:
     """Run a function on tensors without further leading dimensions."""
     start = operator.first[kind]
-    stage = _Stage(tensors[start].device)
+    stage = Stage(tensors[start].device)
+    own = device_implementation(operator.name, name)
+    if own.lower_mask and options["mask"] == DENSE and options["layout"] != PACKED:
+        mask = partial(own.lower_mask, int16=torch.int16, uint8=torch.uint8)
+        operator, options, tensors = _with_lowered(mask, operator, start, options, tensors, stage)
     read = {start + operator.inputs.index(argument) for argument in operator.read_inputs}
     arrays = [
         stage.copy(t) if place in read else stage.stand_in(t) for place, t in enumerate(tensors)
     ]
-    own = device_implementation(operator.name, name)
     chosen = adapted(operator.name, own, stage.tensor, stage.stand_in)
     found = evaluate_by(chosen, operator, kind, arrays, options, needed)
     kept = zip(found, needed, strict=True)
     return tuple([stage.tensor(a) if a is not None and wanted else None for a, wanted in kept])
 
 
-def _each(one: Callable[..., Tensors], tensors: Sequence[Any], leading: Sequence[int]) -> Tensors:
+def _with_lowered(
+    lower: Callable[..., Sequence[Any]],
+    operator: FlatOperator,
+    start: int,
+    options: Mapping[str, Any],
+    tensors: Sequence[Any],
+    stage: Stage,
+) -> tuple[FlatOperator, Mapping[str, Any], list[Any]]:
+    """Lower a boolean tensor on its device, so that the host does not wait for its entries.
+
+    Args:
+        lower: ``(mask of bytes, N, Nk) -> tensors`` of `PackedBits`.
+        operator: Attention.
+        start: Where its inputs begin among the tensors.
+        options: What else the call takes.
+        tensors: Its flat arguments.
+        stage: Makes arrays that stand in for tensors.
+
+    Returns:
+        An operator whose calls have the mask, and the other options and arguments.
+    """
+    at = start + operator.inputs.index("mask0")
+    seen, (q, k) = tensors[at], tensors[start : start + 2]
+    heads, rows = (1, 2) if options["layout"] == "bhnd" else (2, 1)
+    size = Size(q.shape[0], q.shape[heads], q.shape[rows], k.shape[rows], operator.name)
+    check_dense(size, tuple(seen.shape))
+    seen = seen.reshape((1,) * (4 - seen.ndim) + seen.shape).view(torch.uint8)
+    parts = lower(seen, size.N, size.Nk)
+
+    def prepare(inputs: Sequence[Any], given: Mapping[str, Any]) -> Any:
+        call = operator.prepare(inputs, given)
+        stand_ins: list[Any] = [stage.stand_in(part) for part in parts]
+        return replace(call, mask=PackedBits(*stand_ins))
+
+    rest = [None if place == at else t for place, t in enumerate(tensors)]
+    return replace(operator, prepare=prepare), {**options, "mask": None}, rest
+
+
+def _each(
+    operator: FlatOperator,
+    one: Callable[..., Tensors],
+    tensors: Sequence[Any],
+    leading: Sequence[int],
+) -> Tensors:
     """Run a function once for each index of the leading dimensions."""
     if 0 in leading:
         zeros = [None if t is None else t.new_zeros(t.shape[len(leading) :]) for t in tensors]
         return tuple([None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)])
     every = [
-        one([None if t is None else _readable(t[index]) for t in tensors])
+        one([None if t is None else readable(t[index], operator) for t in tensors])
         for index in product(*map(range, leading))
     ]
     parts = zip(*every, strict=True)
@@ -208,7 +223,7 @@ def _unfolded(tensor: Any, leading: Sequence[int]) -> Any:
     return tensor.reshape(*leading, -1, *tensor.shape[1:])
 
 
-def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> str:
+def implementation_for(operator: FlatOperator, implementation: str | None, first: Any) -> str:
     """Return the name of the implementation that a call on a device gets, or raise."""
     if first.is_cpu:
         assert implementation is not None
@@ -228,32 +243,18 @@ def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> s
     return implementation
 
 
-def _readable(tensor: Any) -> Any:
-    """Return a tensor whose numbers are in its memory as they are, each row contiguous."""
+def readable(tensor: Any, operator: FlatOperator | None = None) -> Any:
+    """Return a tensor whose numbers are in its memory as they are, in strides that kernels take.
+
+    Those of an operator that is not `strided`, or of none, take rows whose entries are contiguous.
+    """
     tensor = tensor.detach().resolve_neg()
-    if tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
+    if operator is not None and operator.orders:
+        return tensor.contiguous()
+    strided = operator is not None and operator.strided
+    if strided or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
         return tensor
     return tensor.contiguous()
-
-
-def _mapped(value: Any, kind: type, f: Callable[[Any], Any]) -> Any:
-    """Return a value with f of everything of a kind in it: in tuples and dataclasses too."""
-    if isinstance(value, kind):
-        return f(value)
-    if isinstance(value, tuple):
-        parts = [_mapped(part, kind, f) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in fields(value)}
-        new = {name: _mapped(part, kind, f) for name, part in old.items()}
-        if any([new[name] is not old[name] for name in old]):
-            return type(value)(**new)
-    return value
-
-
-def _view(tensor: Any, array: Array, offset: int) -> Any:
-    strides = [step // array.itemsize for step in array.strides]
-    return tensor.as_strided(array.shape, strides, tensor.storage_offset() + offset)
 
 
 def _uploaded(array: Array, device: torch.device) -> Any:
@@ -262,25 +263,22 @@ def _uploaded(array: Array, device: torch.device) -> Any:
     known = _uploads.get(key)
     if known is not None and known[0]() is array:
         return known[1]
-    plain = array.view(np.int16) if array.dtype == np.uint16 else array
-    tensor = torch.from_numpy(np.array(plain, order="C")).to(device)
+    tensor = _tensor_of(array).to(device)
     for old in [old for old, (of, _) in _uploads.items() if of() is None]:
         _uploads.pop(old, None)
     _uploads[key] = ref(array), tensor
     return tensor
 
 
-def _region(size: int) -> tuple[mmap.mmap, int]:
-    """Return at least so many bytes that are zero and take no memory, and their address."""
-    if not _regions or len(_regions[-1][0]) < size:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        region = mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ)
-        _regions.append((region, _address(np.frombuffer(region, np.uint8, 1))))
-    return _regions[-1]
+def sent(array: Array, device: torch.device) -> Any:
+    """Return integers on the device without waiting for it, for the current stream alone."""
+    tensor = _tensor_of(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
+def _tensor_of(array: Array) -> Any:
+    plain = array.view(np.int16) if array.dtype == np.uint16 else array
+    return torch.from_numpy(np.array(plain, order="C"))
 
 
 @cache

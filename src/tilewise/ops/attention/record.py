@@ -310,8 +310,6 @@ FLAT = FlatOperator(
     jvp_jvp=jvp_jvp,
     split_over=split_over,
     read_inputs=(
-        "sinks",
-        "alibi_slopes",
         "seed",
         "q_starts",
         "k_starts",

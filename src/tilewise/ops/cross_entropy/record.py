@@ -210,5 +210,6 @@ FLAT = FlatOperator(
     jvp_jvp=_jvp_jvp,
     output_tangents=False,
     read_outputs=(),
-    read_inputs=("targets", "weight"),
+    read_inputs=("targets",),
+    strided=True,
 )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tilewise import _core
 from tilewise.base.dtypes import is_narrow, storage_of
+from tilewise.base.memory import empty
 from tilewise.base.operator import Implementation
 
 from .spec import (
@@ -54,7 +55,7 @@ def _forward(call: LossCall, want: Want, keep: NDArray[np.bool_] | None) -> Loss
     loss, m, log_l = at.rows(), at.rows(), at.rows()
     entropy = at.rows() if want.entropy else None
     picked, mass = (at.rows() if want.picked else None for _ in range(2))
-    argmax = np.empty(at.call.tokens, np.int64) if want.argmax else None
+    argmax = empty((at.call.tokens,), np.int64) if want.argmax else None
     found: dict[str, Any] = {"loss": loss, "m": m, "log_l": log_l, "entropy": entropy}
     found |= {"argmax": argmax, "picked": picked, "mass": mass}
     grads = LossGrads()
@@ -153,15 +154,15 @@ class _Tokens:
 
     def rows(self) -> Array:
         """Return memory for one number a token."""
-        return np.empty(self.call.tokens, self.call.compute_dtype)
+        return empty((self.call.tokens,), self.call.compute_dtype)
 
     def gradients(self, needed: Needed) -> LossGrads:
         """Return memory for gradients."""
         call, bias = self.call, self.call.bias
         return LossGrads(
-            np.empty_like(call.hidden) if needed.hidden else None,
-            np.empty_like(call.weight) if needed.weight else None,
-            np.empty_like(bias) if needed.bias and bias is not None else None,
+            empty(call.hidden.shape, call.dtype) if needed.hidden else None,
+            empty(call.weight.shape, call.dtype) if needed.weight else None,
+            empty(bias.shape, bias.dtype) if needed.bias and bias is not None else None,
         )
 
     def whole(self, grads: LossGrads) -> LossGrads:

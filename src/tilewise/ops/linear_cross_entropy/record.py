@@ -265,6 +265,6 @@ FLAT = FlatOperator(
     dtypes={"argmax": "int64", **_GRADIENTS},
     kept_gradients=len(_GRADIENTS),
     joins=joins_gradients,
-    read_inputs=("targets", "class_weight"),
+    read_inputs=("targets",),
     orders=True,
 )

@@ -6,12 +6,10 @@ The arrays of such a call are tensors of a framework here: with `shape`, `stride
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import triton
 
 from tilewise.base.masks import RowIntervals
 from tilewise.base.operator import Implementation
@@ -29,17 +27,18 @@ from tilewise.ops.attention.spec import (
     TangentCall,
     Want,
 )
+from tilewise.shared import triton_launch
 from tilewise.shared.launch import LaunchPlan
+from tilewise.shared.triton_launch import INTERPRETS, architecture
 
 from .kernels.backward import attention_delta_kernel, attention_dkv_kernel, attention_dq_kernel
 from .kernels.forward import attention_fwd_kernel
 from .kernels.sums import attention_dbias_kernel, attention_dsinks_kernel
 from .kernels.tangents import attention_jvp_kernel
 from .kernels.tiles import attention_bounds_kernel
-from .plan import INTERPRETER, padded, plan
-
-INTERPRETS = not isinstance(attention_fwd_kernel, triton.JITFunction)
-"""Whether Triton interprets its kernels, on the CPU, instead of compiling them."""
+from .masks import pack
+from .packed import packed_count, packed_of
+from .plan import padded, plan, tiles_of
 
 Tensor = Any
 _compute_dtypes: dict[Any, Any] = {}
@@ -105,6 +104,7 @@ def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED
 
 
 def _jvp(call: AttentionCall, tangents: TangentCall, dtype: Any) -> OutputTangents:
+    call, tangents = _alike(call, tangents)
     to, tlse = empty(call, call.H, call.N, call.Dv, dtype), rows(call)
     chosen = planned(call, "jvp")
     launch_carefully(
@@ -129,6 +129,9 @@ def _gradients(
     moved: OutputTangents | None = None,
 ) -> AttentionGrads:
     """Compute the gradients or, with `second` and the output tangents, their tangents."""
+    if second is not None:
+        call, moves = _alike(call, second.tangents)
+        second = replace(second, tangents=moves)
     do: Any = cotangents.do
     if do is None:
         do = _like(call).new_zeros((call.B, call.H, call.N, call.Dv))
@@ -204,6 +207,7 @@ def _dk_dv(
         attention_dkv_kernel,
         chosen,
         call,
+        True,
         **given,
         dk=dk,
         dv=dv,
@@ -221,15 +225,17 @@ def _dbias(call: AttentionCall, prefix: str, given: dict[str, Any]) -> Tensor:
     dbias = bias.new_zeros(bias.shape, dtype=wide(call))
     chosen = planned(call, prefix + "dbias")
     own = [size != 1 for size in bias.shape]
+    # Of packed sequences it has a row for each query, and a column for each key of the longest.
+    packed = call.sequences is not None
+    own[2], keys = own[2] or packed, bias.shape[3] if packed else call.Nk
     BM, BN = chosen.constants["BM"], chosen.constants["BN"]
-    places = (call.B, call.H, -(-call.N // BM), -(-call.Nk // BN))
+    places = (call.B, call.H, tiles_of(call.N, BM, packed_count(call)), tiles_of(keys, BN))
     programs = [place for place, apart in zip(places, own, strict=True) if apart]
     if dbias.numel():
         launch(
             attention_dbias_kernel,
             replace(chosen, grid=(max(1, int(np.prod(programs))),)),
-            **pairs(call, chosen),
-            **given,
+            **pairs(call, chosen) | given | {"Nk": keys},
             B=call.B,
             **bias_of("dbias", dbias),
             **dict(zip(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K"), own, strict=True)),
@@ -262,10 +268,18 @@ def _moves(tangents: InputTangents | None) -> dict[str, Any]:
         **strides("tq", tq),
         **strides("tk", tk),
         **strides("tv", tv),
-        **bias_of("tbias", tbias),
+        "tbias": tbias,
         **{"T_Q": tq is not None, "T_K": tk is not None, "T_V": tv is not None},
         **{"T_BIAS": tbias is not None, "T_SINKS": tsinks is not None},
     }
+
+
+def _alike(call: AttentionCall, tangents: Any) -> tuple[AttentionCall, Any]:
+    """Return a call and its tangents with equal strides of both biases: kernels know one set."""
+    bias, tbias = call.bias, tangents.tbias
+    if tbias is None or all([step(bias, d) == step(tbias, d) for d in range(4)]):
+        return call, tangents
+    return replace(call, bias=_contiguous(bias)), replace(tangents, tbias=_contiguous(tbias))
 
 
 def _cotangent_tangents(second: SecondCall | None) -> dict[str, Any]:
@@ -287,50 +301,68 @@ def planned(call: AttentionCall, kind: str) -> LaunchPlan:
         D=call.D,
         Dv=call.Dv,
         dtype=call.dtype.name,
-        arch=architecture(call.q.device),
+        arch=architecture(),
+        sequences=packed_count(call),
+        crowded=_is_crowded(call),
     )
 
 
-def architecture(device: Any) -> str:
-    """Return the architecture that kernels run on."""
-    if INTERPRETS:
-        return INTERPRETER
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+def _is_crowded(call: AttentionCall) -> bool:
+    """Return whether options take registers that large tiles would need."""
+    given = call.bias, call.alibi_slopes, call.softcap
+    return call.dropout_p > 0 or any([option is not None for option in given])
 
 
 def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:
     """Run a kernel as its plan says, with those of the arguments that it takes."""
-    if 0 in chosen.grid:
-        return
     given = arguments | dict(chosen.constants)
-    with np.errstate(all="ignore") if INTERPRETS else nullcontext():
-        kernel[chosen.grid](
-            **{name: given[name] for name in kernel.arg_names},
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-        )
+    taken = {name: given[name] for name in kernel.arg_names}
+    triton_launch.launch(kernel, replace(chosen, constants={}), taken)
 
 
 def launch_carefully(
-    kernel: Any, chosen: LaunchPlan, call: AttentionCall, **arguments: Any
+    kernel: Any,
+    chosen: LaunchPlan,
+    call: AttentionCall,
+    of_keys: bool = False,
+    /,
+    **arguments: Any,
 ) -> None:
     """Run a kernel and, where pairs may be hidden, once more for the programs that it spoiled.
 
     Those are few or none: the second run ends at once for the others.
+
+    Args:
+        kernel: The kernel.
+        chosen: Its plan.
+        call: The call.
+        of_keys: As for `pairs`.
+        **arguments: What else it takes.
     """
-    given = pairs(call, chosen) | arguments
+    given = pairs(call, chosen, of_keys) | arguments
     # Rows whose every bias is -inf are hidden, too.
     hides = call.mask is not None or call.bias is not None
-    given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=_int32(call)) if hides else None
+    given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=int32(call)) if hides else None
     launch(kernel, chosen, **given, HIDES=hides, CAREFUL=False)
     if hides:
         launch(kernel, chosen, **given, HIDES=hides, CAREFUL=True)
 
 
-def pairs(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
-    """Return what every kernel takes that computes the probabilities of pairs."""
-    factor = call.keep_factor
+def pairs(call: AttentionCall, chosen: LaunchPlan, of_keys: bool = False) -> dict[str, Any]:
+    """Return what every kernel takes that computes the probabilities of pairs.
+
+    Args:
+        call: The call.
+        chosen: The plan of the kernel.
+        of_keys: Whether its programs own tiles of keys, and not of queries.
+    """
+    packed = packed_of(call, chosen.constants["BN" if of_keys else "BM"], of_keys)
+    mask = mask_of(call, chosen.constants["BM"], None if of_keys else packed)
+    return {**operands(call), **packed, **mask}
+
+
+def operands(call: AttentionCall) -> dict[str, Any]:
+    """Return tensors, sizes and numbers of a call as the kernels take them, without its mask."""
     return {
         "q": call.q,
         "k": call.k,
@@ -346,14 +378,13 @@ def pairs(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
         **strides("v", call.v),
         **bias_of("bias", call.bias),
         "slopes_stride_b": step(call.alibi_slopes, 0),
-        **mask_of(call, chosen),
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 1.0),
         "first_entry": call.first_entry,
         "seed_low": call.seed & 0xFFFFFFFF,
         "seed_high": call.seed >> 32,
         "threshold": call.drop_threshold,
-        "factor": factor,
+        "factor": call.keep_factor,
         "D": call.D,
         "DV": call.Dv,
         "BIAS": call.bias is not None,
@@ -380,8 +411,14 @@ def step(x: Tensor | None, dim: int) -> int:
     return 0 if x is None or x.shape[dim] == 1 else int(x.stride(dim))
 
 
-def mask_of(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
-    """Return the mask as the kernels read it, with the map of its tiles."""
+def mask_of(call: AttentionCall, BM: int, packed: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the mask as the kernels read it, with the map of its tiles.
+
+    Args:
+        call: The call.
+        BM: Queries of a tile.
+        packed: `packed_of(call, BM)`, or None where it is not known yet.
+    """
     lowered = call.mask
     if lowered is None:
         return {"mask": None, "tiles": None, "mask_stride_b": 0, "mask_stride_h": 0, "MASK": 0}
@@ -389,7 +426,7 @@ def mask_of(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
     tiles: Any
     if isinstance(lowered, RowIntervals):
         mask, kind = lowered.rows, 1
-        tiles = bounds_of(mask, call.N, chosen.constants["BM"])
+        tiles = bounds_of(call, mask, BM, packed or packed_of(call, BM))
     else:
         mask, tiles, kind = lowered.bits, lowered.tiles, 2
     Bm, Hm = mask.shape[:2]
@@ -397,14 +434,14 @@ def mask_of(call: AttentionCall, chosen: LaunchPlan) -> dict[str, Any]:
     return {"mask": mask, "tiles": tiles, **parts, "MASK": kind}
 
 
-def bounds_of(mask: Tensor, N: int, BM: int) -> Tensor:
-    """Return which keys each tile of queries sees, `(Bm, Hm, ceil(N / BM), 8)`."""
+def bounds_of(call: AttentionCall, mask: Tensor, BM: int, packed: dict[str, Any]) -> Tensor:
+    """Return which keys each tile of queries sees, `(Bm, Hm, tiles, 8)`."""
     Bm, Hm = mask.shape[:2]
-    tiles = -(-N // BM)
+    tiles = tiles_of(call.N, BM, packed_count(call))
     bounds = mask.new_empty((Bm, Hm, tiles, 8))
     if Bm * Hm * tiles:
         chosen = LaunchPlan((tiles, Bm * Hm), {"BM": BM})
-        launch(attention_bounds_kernel, chosen, rows=mask, N=N, bounds=bounds)
+        launch(attention_bounds_kernel, chosen, **packed, rows=mask, N=call.N, bounds=bounds)
     return bounds
 
 
@@ -421,11 +458,12 @@ def wide(call: AttentionCall) -> Any:
     return _compute_dtypes[dtype]
 
 
-def _int32(call: AttentionCall) -> Any:
+def int32(call: AttentionCall) -> Any:
     """Return the framework's dtype of 32-bit integers."""
-    if "int32" not in _compute_dtypes:
-        _compute_dtypes["int32"] = _like(call).new_empty(0).int().dtype
-    return _compute_dtypes["int32"]
+    key = "int32", type(call.q)
+    if key not in _compute_dtypes:
+        _compute_dtypes[key] = _like(call).new_empty(0).int().dtype
+    return _compute_dtypes[key]
 
 
 def rows(call: AttentionCall) -> Tensor:
@@ -445,13 +483,17 @@ def refuses(call: AttentionCall) -> str | None:
     """Return why a call is not served, or None."""
     if isinstance(_like(call), np.ndarray):
         return "computes on tensors of PyTorch, not on arrays"
-    if call.sequences is not None:
-        return "takes no packed sequences yet"
-    if call.paging is not None:
-        return "reads no keys in pages yet"
     return None
 
 
 IMPLEMENTATION = Implementation(
-    "triton", forward, vjp, jvp, vjp_jvp, forward_jvp, refuses, interprets=INTERPRETS
+    "triton",
+    forward,
+    vjp,
+    jvp,
+    vjp_jvp,
+    forward_jvp,
+    refuses,
+    interprets=INTERPRETS,
+    lower_mask=pack,
 )

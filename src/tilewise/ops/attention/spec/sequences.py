@@ -17,6 +17,7 @@ from .arguments import PACKED_NAME
 
 Int64 = NDArray[np.int64]
 _CACHED_MASKS = 4
+_CACHED_BOUNDARIES = 8
 _HINT = "sequences are given by cu_seqlens; to hide single pairs, add a bias of -inf"
 
 
@@ -167,4 +168,10 @@ def _boundaries(name: str, value: object, dim: str, total: int) -> Int64:
         raise value_error(PACKED_NAME, name, "be non-decreasing", got)
     if cu[-1] != total:
         raise value_error(PACKED_NAME, name, f"end at {dim}={total}", int(cu[-1]))
-    return cu
+    return _shared(cu.tobytes())
+
+
+@lru_cache(maxsize=_CACHED_BOUNDARIES)
+def _shared(boundaries: bytes) -> Int64:
+    """Return one array for all calls with the same boundaries: a device keeps what it is sent."""
+    return np.frombuffer(boundaries, np.int64)

@@ -19,6 +19,7 @@ from tilewise.shared.triton_math import (
     weigh_attended,
 )
 
+from .sequences import bounds_of, tile_of
 from .tiles import (
     BITS,
     BOUNDS,
@@ -107,8 +108,8 @@ def attention_delta_kernel(
         # With the sink alone, m is that of the sink and log_l is 0: o is absent.
         z = tl.load(sinks + h).to(dtype) * LOG2E
         has_keys = has_keys & ((top != z) | (tl.load(log_l + row, mask=inside, other=0.0) != 0.0))
-    do = part_of(do, b, h, stride_dob, stride_doh)
-    o = part_of(o, b, h, stride_ob, stride_oh)
+    do = part_of(do, b, h, 0, stride_dob, stride_doh, stride_don)
+    o = part_of(o, b, h, 0, stride_ob, stride_oh, stride_on)
     do_tile = load_rows(do, start_i, N, stride_don, BM, DV, DVP, True).to(dtype)  # [BM, DVP]
     o_tile = load_rows(o, start_i, N, stride_on, BM, DV, DVP, True).to(dtype)  # [BM, DVP]
     delta = tl.where(has_keys, tl.sum(do_tile * o_tile, 1), 0.0)
@@ -116,10 +117,10 @@ def attention_delta_kernel(
         delta -= tl.load(dlse + row, mask=inside, other=0.0)
     tl.store(delta_out + row, delta, mask=inside)
     if SECOND:
-        to = part_of(to, b, h, stride_tob, stride_toh)
+        to = part_of(to, b, h, 0, stride_tob, stride_toh, stride_ton)
         terms = do_tile * load_rows(to, start_i, N, stride_ton, BM, DV, DVP, True).to(dtype)
         if TDO:
-            tdo = part_of(tdo, b, h, stride_tdob, stride_tdoh)
+            tdo = part_of(tdo, b, h, 0, stride_tdob, stride_tdoh, stride_tdon)
             terms += load_rows(tdo, start_i, N, stride_tdon, BM, DV, DVP, True).to(dtype) * o_tile
         tdelta = tl.where(has_keys, tl.sum(terms, 1), 0.0)
         if TDLSE:
@@ -146,8 +147,6 @@ def _gradients(
     bias_stride_n,
     bias_stride_k,
     tbias,
-    tbias_stride_n,
-    tbias_stride_k,
     slope,
     scale,
     softcap,
@@ -188,7 +187,7 @@ def _gradients(
         if SOFTCAP:
             ts = tx * derivative
         if T_BIAS:
-            ts += load_bias(tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk).to(dtype)
+            ts += load_bias(tbias, i, j, bias_stride_n, bias_stride_k, N, Nk).to(dtype)
         tp = tl.where(attended, p * (ts - tlse), 0.0)
         tw = tp
         if DROPOUT:
@@ -197,25 +196,25 @@ def _gradients(
         tds = tl.where(attended, tp * (dp - delta) + p * (tdp - tdelta), 0.0)
         tdx = tds
         if SOFTCAP:
-            tdx = tds * derivative - (2.0 * ds) * (t * derivative) * (tx / cap)
+            tdx = tds * derivative - (2.0 * ds) * (t * derivative) * (traw * (factor / cap))
             tdx = tl.where(attended, tdx, 0.0)
     return w, ds, dx, tw, tds, tdx
 
 
-@triton.jit(do_not_specialize=["N", "Nk", "first_entry", "seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["N", "Nk", "S", "first_entry", "seed_low", "seed_high", "threshold"])
 def attention_dq_kernel(
     q, k, v, tq, tk, tv, do, tdo, bias, tbias, slopes, mask, tiles, m, log_l, delta, tlse, tdelta,
-    H, group, N, Nk,
+    H, group, N, Nk, S, order, q_starts, k_starts,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
     dq, spoiled, stride_dqb, stride_dqh, stride_dqn,
+    PACKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SECOND: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, TDO: tl.constexpr,
@@ -227,33 +226,37 @@ def attention_dq_kernel(
 
     See `attention_fwd_kernel` for CAREFUL.
     """
-    if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
-        return
     dtype: tl.constexpr = m.dtype.element_ty
     # One loop for all tiles keeps a kernel small that is large already.
-    WHOLE: tl.constexpr = CAREFUL or SECOND
-    query_tiles = (N + BM - 1) // BM
-    tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
-    b, h = at // H, at % H
+    WHOLE: tl.constexpr = CAREFUL or SECOND or BIAS or SOFTCAP or DROPOUT
+    total = N
+    b, h, entry, tile, first_i, first_j, N, Nk = tile_of(
+        tl.program_id(0), H, N, Nk, S, order, q_starts, k_starts, BM, False, PACKED
+    )
     start_i = tile * BM
+    if PACKED and start_i >= N:
+        return
+    if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
+        return
     i = start_i + tl.arange(0, BM)
-    inside, row = i < N, at.to(tl.int64) * N + i
+    inside, row = i < N, (b * H + h).to(tl.int64) * total + first_i + i
     i = i[:, None]
     slope, part = number(0.0, dtype), (b * mask_stride_b + h * mask_stride_h).to(tl.int64)
     bounds = tiles
     if ALIBI:
-        slope = tl.load(slopes + b * slopes_stride_b + h).to(dtype)
+        slope = tl.load(slopes + entry * slopes_stride_b + h).to(dtype)
     if BIAS:
-        bias = part_of(bias, b, h, bias_stride_b, bias_stride_h)
+        bias = part_of(bias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
     if MASK == INTERVALS:
-        mask, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
+        mask = mask + (part * total + first_i) * 4
+        bounds = bounds_of(tiles, part, entry, first_i, total, BM, BOUNDS, PACKED)
     if MASK == BITS:
         words = (N + 15) // 16
         mask, bounds = mask + part * Nk * words, tiles + part * words * ((Nk + 63) // 64)
-    k = part_of(k, b, h // group, stride_kb, stride_kh)
-    v = part_of(v, b, h // group, stride_vb, stride_vh)
-    q = part_of(q, b, h, stride_qb, stride_qh)
-    do = part_of(do, b, h, stride_dob, stride_doh)
+    k = part_of(k, b, h // group, first_j, stride_kb, stride_kh, stride_kn)
+    v = part_of(v, b, h // group, first_j, stride_vb, stride_vh, stride_vn)
+    q = part_of(q, b, h, first_i, stride_qb, stride_qh, stride_qn)
+    do = part_of(do, b, h, first_i, stride_dob, stride_doh, stride_don)
     q_tile = load_rows(q, start_i, N, stride_qn, BM, D, DP, True)  # [BM, DP]
     do_tile = load_rows(do, start_i, N, stride_don, BM, DV, DVP, True)  # [BM, DVP]
     top = tl.load(m + row, mask=inside, other=-INF)[:, None]
@@ -264,17 +267,17 @@ def attention_dq_kernel(
         tlse_row = tl.load(tlse + row, mask=inside, other=0.0)[:, None]
         tdelta_row = tl.load(tdelta + row, mask=inside, other=0.0)[:, None]
         if T_Q:
-            tq = part_of(tq, b, h, stride_tqb, stride_tqh)
+            tq = part_of(tq, b, h, first_i, stride_tqb, stride_tqh, stride_tqn)
             tq_tile = load_rows(tq, start_i, N, stride_tqn, BM, D, DP, True)
         if TDO:
-            tdo = part_of(tdo, b, h, stride_tdob, stride_tdoh)
+            tdo = part_of(tdo, b, h, first_i, stride_tdob, stride_tdoh, stride_tdon)
             tdo_tile = load_rows(tdo, start_i, N, stride_tdon, BM, DV, DVP, True)
         if T_K:
-            tk = part_of(tk, b, h // group, stride_tkb, stride_tkh)
+            tk = part_of(tk, b, h // group, first_j, stride_tkb, stride_tkh, stride_tkn)
         if T_V:
-            tv = part_of(tv, b, h // group, stride_tvb, stride_tvh)
+            tv = part_of(tv, b, h // group, first_j, stride_tvb, stride_tvh, stride_tvn)
         if T_BIAS:
-            tbias = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+            tbias = part_of(tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
 
     acc = tl.zeros([BM, DP], dtype)
     begin, full, rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
@@ -310,7 +313,7 @@ def attention_dq_kernel(
                         tdp = _products(do_tile, tdo_tile, v_tile, tv_tile, TDO, T_V, PRECISION)
                     if DROPOUT:
                         keep = kept(
-                            start_i, start_j, Nk - N, h, first_entry + b,
+                            start_i, start_j, Nk - N, h, first_entry + entry,
                             seed_low, seed_high, threshold, factor, BM, BN, dtype,
                         )  # fmt: skip
                     seen = visible(mask, i, j, N, Nk, MASK, WHOLE or PART != 1)
@@ -318,7 +321,7 @@ def attention_dq_kernel(
                         raw, traw, dp, tdp, keep, seen, i, j,
                         top, log_sum, delta_row, tlse_row, tdelta_row,
                         bias, bias_stride_n, bias_stride_k,
-                        tbias, tbias_stride_n, tbias_stride_k,
+                        tbias,
                         slope, scale, softcap, N, Nk,
                         BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                     )  # fmt: skip
@@ -328,23 +331,24 @@ def attention_dq_kernel(
     if (HIDES) and (not CAREFUL):
         tl.store(spoiled + tl.program_id(0), any_not_finite(acc).to(tl.int32))
     acc = tl.where(top != -INF, acc, 0.0) * number(scale, dtype)
-    store_rows(part_of(dq, b, h, stride_dqb, stride_dqh), acc, start_i, N, stride_dqn, BM, D, DP)
+    dq = part_of(dq, b, h, first_i, stride_dqb, stride_dqh, stride_dqn)
+    store_rows(dq, acc, start_i, N, stride_dqn, BM, D, DP)
 
 
-@triton.jit(do_not_specialize=["N", "Nk", "first_entry", "seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["N", "Nk", "S", "first_entry", "seed_low", "seed_high", "threshold"])
 def attention_dkv_kernel(
     q, k, v, tq, tk, tv, do, tdo, bias, tbias, slopes, mask, tiles, m, log_l, delta, tlse, tdelta,
-    H, group, N, Nk,
+    H, group, N, Nk, S, order, q_starts, k_starts,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
     dk, dv, spoiled, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    PACKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SECOND: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, TDO: tl.constexpr,
@@ -357,26 +361,28 @@ def attention_dkv_kernel(
 
     See `attention_fwd_kernel` for CAREFUL.
     """
+    dtype: tl.constexpr = m.dtype.element_ty
+    WHOLE: tl.constexpr = CAREFUL or SECOND or BIAS or SOFTCAP or DROPOUT
+    total = N
+    b, hk, entry, tile, first_i, first_j, N, Nk = tile_of(
+        tl.program_id(0), H // group, N, Nk, S, order, q_starts, k_starts, BN, True, PACKED
+    )
+    query_tiles, start_j = (N + BM - 1) // BM, tile * BN
+    if PACKED and start_j >= Nk:
+        return
     if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
         return
-    dtype: tl.constexpr = m.dtype.element_ty
-    WHOLE: tl.constexpr = CAREFUL or SECOND
-    query_tiles, key_tiles = (N + BM - 1) // BM, (Nk + BN - 1) // BN
-    tile, at = tl.program_id(0) % key_tiles, tl.program_id(0) // key_tiles
-    Hk = H // group
-    b, hk = at // Hk, at % Hk
-    start_j = tile * BN
     j = (start_j + tl.arange(0, BN))[:, None]
-    k = part_of(k, b, hk, stride_kb, stride_kh)
-    v = part_of(v, b, hk, stride_vb, stride_vh)
+    k = part_of(k, b, hk, first_j, stride_kb, stride_kh, stride_kn)
+    v = part_of(v, b, hk, first_j, stride_vb, stride_vh, stride_vn)
     k_tile = load_rows(k, start_j, Nk, stride_kn, BN, D, DP, True)  # [BN, DP]
     v_tile = load_rows(v, start_j, Nk, stride_vn, BN, DV, DVP, True)  # [BN, DVP]
     tk_tile, tv_tile = k_tile, v_tile
     if SECOND and T_K:
-        tk = part_of(tk, b, hk, stride_tkb, stride_tkh)
+        tk = part_of(tk, b, hk, first_j, stride_tkb, stride_tkh, stride_tkn)
         tk_tile = load_rows(tk, start_j, Nk, stride_tkn, BN, D, DP, True)
     if SECOND and T_V:
-        tv = part_of(tv, b, hk, stride_tvb, stride_tvh)
+        tv = part_of(tv, b, hk, first_j, stride_tvb, stride_tvh, stride_tvn)
         tv_tile = load_rows(tv, start_j, Nk, stride_tvn, BN, DV, DVP, True)
 
     dk_tile = tl.zeros([BN, DP], dtype)
@@ -387,13 +393,14 @@ def attention_dkv_kernel(
         mask_part, bounds, bias_part, tbias_part = mask, tiles, bias, tbias
         slope = number(0.0, dtype)
         if ALIBI:
-            slope = tl.load(slopes + b * slopes_stride_b + h).to(dtype)
+            slope = tl.load(slopes + entry * slopes_stride_b + h).to(dtype)
         if BIAS:
-            bias_part = part_of(bias, b, h, bias_stride_b, bias_stride_h)
+            bias_part = part_of(bias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
         if T_BIAS:
-            tbias_part = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+            tbias_part = part_of(tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
         if MASK == INTERVALS:
-            mask_part, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
+            mask_part = mask + (part * total + first_i) * 4
+            bounds = bounds_of(tiles, part, entry, first_i, total, BM, BOUNDS, PACKED)
         if MASK == BITS:
             words = (N + 15) // 16
             mask_part = mask + part * Nk * words
@@ -416,17 +423,17 @@ def attention_dkv_kernel(
                     if (MASK != BITS) or occupied(bounds, start_i, start_j, N, Nk, BM, BN):
                         i = start_i + tl.arange(0, BM)
                         inside = i < N
-                        row = (b * H + h).to(tl.int64) * N + i
+                        row = (b * H + h).to(tl.int64) * total + first_i + i
                         top = tl.load(m + row, mask=inside, other=-INF)[None, :]
                         log_sum = tl.load(log_l + row, mask=inside, other=0.0)[None, :]
                         delta_row = tl.load(delta + row, mask=inside, other=0.0)[None, :]
                         tlse_row, tdelta_row = delta_row, delta_row
                         q_tile = load_rows(
-                            part_of(q, b, h, stride_qb, stride_qh),
+                            part_of(q, b, h, first_i, stride_qb, stride_qh, stride_qn),
                             start_i, N, stride_qn, BM, D, DP, True,
                         )  # fmt: skip  # [BM, DP]
                         do_tile = load_rows(
-                            part_of(do, b, h, stride_dob, stride_doh),
+                            part_of(do, b, h, first_i, stride_dob, stride_doh, stride_don),
                             start_i, N, stride_don, BM, DV, DVP, True,
                         )  # fmt: skip  # [BM, DVP]
                         raw = rows_times_rows(k_tile, q_tile, PRECISION)  # [BN, BM]
@@ -438,14 +445,16 @@ def attention_dkv_kernel(
                             tdelta_row = tl.load(tdelta + row, mask=inside, other=0.0)[None, :]
                             if T_Q:
                                 tq_tile = load_rows(
-                                    part_of(tq, b, h, stride_tqb, stride_tqh),
+                                    part_of(tq, b, h, first_i, stride_tqb, stride_tqh, stride_tqn),
                                     start_i, N, stride_tqn, BM, D, DP, True,
                                 )  # fmt: skip
                             if TDO:
+                                tdo_part = part_of(
+                                    tdo, b, h, first_i, stride_tdob, stride_tdoh, stride_tdon
+                                )
                                 tdo_tile = load_rows(
-                                    part_of(tdo, b, h, stride_tdob, stride_tdoh),
-                                    start_i, N, stride_tdon, BM, DV, DVP, True,
-                                )  # fmt: skip
+                                    tdo_part, start_i, N, stride_tdon, BM, DV, DVP, True
+                                )
                             traw = _products(k_tile, tk_tile, q_tile, tq_tile, T_K, T_Q, PRECISION)
                             tdp = _products(v_tile, tv_tile, do_tile, tdo_tile, T_V, TDO, PRECISION)
                         if DROPOUT:
@@ -455,7 +464,7 @@ def attention_dkv_kernel(
                                     start_j,
                                     Nk - N,
                                     h,
-                                    first_entry + b,
+                                    first_entry + entry,
                                     seed_low,
                                     seed_high,
                                     threshold,
@@ -471,7 +480,7 @@ def attention_dkv_kernel(
                             raw, traw, dp, tdp, keep, seen, i, j,
                             top, log_sum, delta_row, tlse_row, tdelta_row,
                             bias_part, bias_stride_n, bias_stride_k,
-                            tbias_part, tbias_stride_n, tbias_stride_k,
+                            tbias_part,
                             slope, scale, softcap, N, Nk,
                             BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                         )  # fmt: skip
@@ -492,8 +501,8 @@ def attention_dkv_kernel(
         bad = any_not_finite(dk_tile) | any_not_finite(dv_tile)
         tl.store(spoiled + tl.program_id(0), bad.to(tl.int32))
     if D_K:
-        dk, dk_tile = part_of(dk, b, hk, stride_dkb, stride_dkh), dk_tile * number(scale, dtype)
-        store_rows(dk, dk_tile, start_j, Nk, stride_dkn, BN, D, DP)
+        dk = part_of(dk, b, hk, first_j, stride_dkb, stride_dkh, stride_dkn)
+        store_rows(dk, dk_tile * number(scale, dtype), start_j, Nk, stride_dkn, BN, D, DP)
     if D_V:
-        dv = part_of(dv, b, hk, stride_dvb, stride_dvh)
+        dv = part_of(dv, b, hk, first_j, stride_dvb, stride_dvh, stride_dvn)
         store_rows(dv, dv_tile, start_j, Nk, stride_dvn, BN, DV, DVP)

@@ -6,24 +6,25 @@ import triton.language as tl
 from tilewise.shared.triton_math import INF, LOG2E, load_rows, number, rows_times_rows
 
 from .backward import _gradients, _products
+from .sequences import bounds_of, places, tile_of
 from .tiles import BITS, BOUNDS, INTERVALS, kept, overlaps, part_of, visible
 
 
-@triton.jit(do_not_specialize=["N", "Nk", "first_entry", "seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["N", "Nk", "S", "first_entry", "seed_low", "seed_high", "threshold"])
 def attention_dbias_kernel(
     q, k, v, tq, tk, tv, do, tdo, bias, tbias, slopes, mask, tiles, m, log_l, delta, tlse, tdelta,
-    B, H, group, N, Nk,
+    B, H, group, N, Nk, S, order, q_starts, k_starts,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
     dbias, dbias_stride_b, dbias_stride_h, dbias_stride_n, dbias_stride_k,
     BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_N: tl.constexpr, BIAS_K: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SECOND: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, TDO: tl.constexpr,
@@ -33,6 +34,9 @@ def attention_dbias_kernel(
     """One tile of the bias, summed over all that share it: BIAS_B says that entries do not."""
     dtype: tl.constexpr = m.dtype.element_ty
     query_tiles, key_tiles = (N + BM - 1) // BM, (Nk + BN - 1) // BN
+    if PACKED:
+        query_tiles = places(N, S, BM)
+    total, first_i, first_j, entry = N, 0, 0, 0
     # Of each dimension, where this program begins and how many places it sums over.
     at = tl.program_id(0)
     tile_j, tiles_j, tile_i, tiles_i = 0, key_tiles, 0, query_tiles
@@ -45,6 +49,14 @@ def attention_dbias_kernel(
         first_h, heads, at = at % H, 1, at // H
     if BIAS_B:
         first_b, entries = at, 1
+    if PACKED:
+        _b, _h, entry, tile_i, first_i, first_j, N, Nk = tile_of(
+            tile_i, H, total, Nk, S, order, q_starts, k_starts, BM, False, PACKED
+        )
+        if not BIAS_K:
+            tiles_j = (Nk + BN - 1) // BN
+        if (tile_i * BM >= N) | (tile_j * BN >= Nk):
+            return
     acc = tl.zeros([BM, BN], dtype)
     for turn in range(0, entries * heads * tiles_i * tiles_j):
         start_j = (tile_j + turn % tiles_j) * BN
@@ -52,17 +64,20 @@ def attention_dbias_kernel(
         h = first_h + turn // (tiles_j * tiles_i) % heads
         b = first_b + turn // (tiles_j * tiles_i * heads)
         start_i = tile * BM
+        if not PACKED:
+            entry = b
         part = (b * mask_stride_b + h * mask_stride_h).to(tl.int64)
         mask_part, bounds = mask, tiles
         if MASK == INTERVALS:
-            mask_part, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
+            mask_part = mask + (part * total + first_i) * 4
+            bounds = bounds_of(tiles, part, entry, first_i, total, BM, BOUNDS, PACKED)
         if MASK == BITS:
             words = (N + 15) // 16
             mask_part = mask + part * Nk * words
             bounds = tiles + part * words * ((Nk + 63) // 64)
         if overlaps(bounds, tile, start_i, start_j, N, Nk, MASK, BM, BN):
             i, j = start_i + tl.arange(0, BM), (start_j + tl.arange(0, BN))[None, :]
-            inside, row = i < N, (b * H + h).to(tl.int64) * N + i
+            inside, row = i < N, (b * H + h).to(tl.int64) * total + first_i + i
             i = i[:, None]
             top = tl.load(m + row, mask=inside, other=-INF)[:, None]
             log_sum = tl.load(log_l + row, mask=inside, other=0.0)[:, None]
@@ -71,15 +86,12 @@ def attention_dbias_kernel(
             hk = h // group
             slope, keep = number(0.0, dtype), acc
             if ALIBI:
-                slope = tl.load(slopes + b * slopes_stride_b + h).to(dtype)
-            q_part, k_part = (
-                part_of(q, b, h, stride_qb, stride_qh),
-                part_of(k, b, hk, stride_kb, stride_kh),
-            )
-            v_part, do_part = (
-                part_of(v, b, hk, stride_vb, stride_vh),
-                part_of(do, b, h, stride_dob, stride_doh),
-            )
+                slope = tl.load(slopes + entry * slopes_stride_b + h).to(dtype)
+            q_part = part_of(q, b, h, first_i, stride_qb, stride_qh, stride_qn)
+            k_part = part_of(k, b, hk, first_j, stride_kb, stride_kh, stride_kn)
+            v_part = part_of(v, b, hk, first_j, stride_vb, stride_vh, stride_vn)
+            do_part = part_of(do, b, h, first_i, stride_dob, stride_doh, stride_don)
+            bias_part = part_of(bias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
             q_tile = load_rows(q_part, start_i, N, stride_qn, BM, D, DP, True)
             k_tile = load_rows(k_part, start_j, Nk, stride_kn, BN, D, DP, True)
             v_tile = load_rows(v_part, start_j, Nk, stride_vn, BN, DV, DVP, True)
@@ -92,31 +104,33 @@ def attention_dbias_kernel(
                 tdelta_row = tl.load(tdelta + row, mask=inside, other=0.0)[:, None]
                 tq_tile, tk_tile, tv_tile, tdo_tile = q_tile, k_tile, v_tile, do_tile
                 if T_Q:
-                    tq_part = part_of(tq, b, h, stride_tqb, stride_tqh)
+                    tq_part = part_of(tq, b, h, first_i, stride_tqb, stride_tqh, stride_tqn)
                     tq_tile = load_rows(tq_part, start_i, N, stride_tqn, BM, D, DP, True)
                 if T_K:
-                    tk_part = part_of(tk, b, hk, stride_tkb, stride_tkh)
+                    tk_part = part_of(tk, b, hk, first_j, stride_tkb, stride_tkh, stride_tkn)
                     tk_tile = load_rows(tk_part, start_j, Nk, stride_tkn, BN, D, DP, True)
                 if T_V:
-                    tv_part = part_of(tv, b, hk, stride_tvb, stride_tvh)
+                    tv_part = part_of(tv, b, hk, first_j, stride_tvb, stride_tvh, stride_tvn)
                     tv_tile = load_rows(tv_part, start_j, Nk, stride_tvn, BN, DV, DVP, True)
                 if TDO:
-                    tdo_part = part_of(tdo, b, h, stride_tdob, stride_tdoh)
+                    tdo_part = part_of(tdo, b, h, first_i, stride_tdob, stride_tdoh, stride_tdon)
                     tdo_tile = load_rows(tdo_part, start_i, N, stride_tdon, BM, DV, DVP, True)
                 if T_BIAS:
-                    tbias_part = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+                    tbias_part = part_of(
+                        tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n
+                    )
                 traw = _products(q_tile, tq_tile, k_tile, tk_tile, T_Q, T_K, PRECISION)
                 tdp = _products(do_tile, tdo_tile, v_tile, tv_tile, TDO, T_V, PRECISION)
             if DROPOUT:
                 keep = kept(
-                    start_i, start_j, Nk - N, h, first_entry + b,
+                    start_i, start_j, Nk - N, h, first_entry + entry,
                     seed_low, seed_high, threshold, factor, BM, BN, dtype,
                 )  # fmt: skip
             _, _, _, _, tds, _ = _gradients(
                 raw, traw, dp, tdp, keep, visible(mask_part, i, j, N, Nk, MASK, True), i, j,
                 top, log_sum, delta_row, tlse_row, tdelta_row,
-                part_of(bias, b, h, bias_stride_b, bias_stride_h), bias_stride_n, bias_stride_k,
-                tbias_part, tbias_stride_n, tbias_stride_k,
+                bias_part, bias_stride_n, bias_stride_k,
+                tbias_part,
                 slope, scale, softcap, N, Nk,
                 True, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
             )  # fmt: skip
@@ -129,7 +143,7 @@ def attention_dbias_kernel(
     if not BIAS_K:
         acc = tl.sum(acc, 1)[:, None]
         j = tl.zeros([1, 1], tl.int32)
-    out = part_of(dbias, first_b, first_h, dbias_stride_b, dbias_stride_h)
+    out = part_of(dbias, first_b, first_h, first_i, dbias_stride_b, dbias_stride_h, dbias_stride_n)
     out = out + i.to(tl.int64) * dbias_stride_n + j.to(tl.int64) * dbias_stride_k
     tl.store(out, acc, mask=(i < N) & (j < Nk))
 

@@ -14,6 +14,7 @@ from tilewise.shared.triton_math import (
 )
 
 from .backward import _add, _products
+from .sequences import bounds_of, tile_of
 from .tiles import (
     BITS,
     BOUNDS,
@@ -29,20 +30,20 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["N", "Nk", "first_entry", "seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["N", "Nk", "S", "first_entry", "seed_low", "seed_high", "threshold"])
 def attention_jvp_kernel(
     q, k, v, tq, tk, tv, o, bias, tbias, slopes, sinks, tsinks, mask, tiles, m, log_l,
-    H, group, N, Nk,
+    H, group, N, Nk, S, order, q_starts, k_starts,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
     to, tlse, spoiled, stride_tob, stride_toh, stride_ton,
+    PACKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, T_Q: tl.constexpr,
     T_K: tl.constexpr, T_V: tl.constexpr, T_BIAS: tl.constexpr, T_SINKS: tl.constexpr,
@@ -51,41 +52,45 @@ def attention_jvp_kernel(
     DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """Tangents of one tile of queries of one head; see `attention_fwd_kernel` for CAREFUL."""
+    dtype: tl.constexpr = m.dtype.element_ty
+    total = N
+    b, h, entry, tile, first_i, first_j, N, Nk = tile_of(
+        tl.program_id(0), H, N, Nk, S, order, q_starts, k_starts, BM, False, PACKED
+    )
+    start_i = tile * BM
+    if PACKED and start_i >= N:
+        return
     if CAREFUL and tl.load(spoiled + tl.program_id(0)) == 0:
         return
-    dtype: tl.constexpr = m.dtype.element_ty
-    query_tiles = (N + BM - 1) // BM
-    tile, at = tl.program_id(0) % query_tiles, tl.program_id(0) // query_tiles
-    b, h = at // H, at % H
-    start_i = tile * BM
     i = start_i + tl.arange(0, BM)
-    inside, row = i < N, at.to(tl.int64) * N + i
+    inside, row = i < N, (b * H + h).to(tl.int64) * total + first_i + i
     i = i[:, None]
     slope, part = number(0.0, dtype), (b * mask_stride_b + h * mask_stride_h).to(tl.int64)
     bounds = tiles
     if ALIBI:
-        slope = tl.load(slopes + b * slopes_stride_b + h).to(dtype)
+        slope = tl.load(slopes + entry * slopes_stride_b + h).to(dtype)
     if BIAS:
-        bias = part_of(bias, b, h, bias_stride_b, bias_stride_h)
+        bias = part_of(bias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
     if T_BIAS:
-        tbias = part_of(tbias, b, h, tbias_stride_b, tbias_stride_h)
+        tbias = part_of(tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
     if MASK == INTERVALS:
-        mask, bounds = mask + part * N * 4, tiles + part * query_tiles * BOUNDS
+        mask = mask + (part * total + first_i) * 4
+        bounds = bounds_of(tiles, part, entry, first_i, total, BM, BOUNDS, PACKED)
     if MASK == BITS:
         words = (N + 15) // 16
         mask, bounds = mask + part * Nk * words, tiles + part * words * ((Nk + 63) // 64)
-    k = part_of(k, b, h // group, stride_kb, stride_kh)
-    v = part_of(v, b, h // group, stride_vb, stride_vh)
-    q = part_of(q, b, h, stride_qb, stride_qh)
+    k = part_of(k, b, h // group, first_j, stride_kb, stride_kh, stride_kn)
+    v = part_of(v, b, h // group, first_j, stride_vb, stride_vh, stride_vn)
+    q = part_of(q, b, h, first_i, stride_qb, stride_qh, stride_qn)
     q_tile = load_rows(q, start_i, N, stride_qn, BM, D, DP, True)  # [BM, DP]
     tq_tile = q_tile
     if T_Q:
-        tq = part_of(tq, b, h, stride_tqb, stride_tqh)
+        tq = part_of(tq, b, h, first_i, stride_tqb, stride_tqh, stride_tqn)
         tq_tile = load_rows(tq, start_i, N, stride_tqn, BM, D, DP, True)  # [BM, DP]
     if T_K:
-        tk = part_of(tk, b, h // group, stride_tkb, stride_tkh)
+        tk = part_of(tk, b, h // group, first_j, stride_tkb, stride_tkh, stride_tkn)
     if T_V:
-        tv = part_of(tv, b, h // group, stride_tvb, stride_tvh)
+        tv = part_of(tv, b, h // group, first_j, stride_tvb, stride_tvh, stride_tvn)
     top = tl.load(m + row, mask=inside, other=-INF)[:, None]
     log_sum = tl.load(log_l + row, mask=inside, other=0.0)[:, None]
 
@@ -114,14 +119,14 @@ def attention_jvp_kernel(
                 ts *= derivative
             if T_BIAS:
                 ts += load_bias(
-                    tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk
+                    tbias, i, j, bias_stride_n, bias_stride_k, N, Nk
                 ).to(dtype)  # fmt: skip
             moved = tl.where(seen & (top != -INF), p * ts, 0.0)
             mean += tl.sum(moved, 1)
             has_keys = tl.maximum(has_keys, tl.max(seen.to(tl.int32), 1))
             if DROPOUT:
                 keep = kept(
-                    start_i, start_j, Nk - N, h, first_entry + b,
+                    start_i, start_j, Nk - N, h, first_entry + entry,
                     seed_low, seed_high, threshold, factor, BM, BN, dtype,
                 )  # fmt: skip
                 p, moved = p * keep, moved * keep
@@ -140,8 +145,9 @@ def attention_jvp_kernel(
         # -inf is no sink, so it does not move.
         mean += tl.sum(tl.where(alive & (z != -INF), of_sink, 0.0), 1)
     tl.store(tlse + row, mean, mask=inside)
-    o = part_of(o, b, h, stride_ob, stride_oh)
+    o = part_of(o, b, h, first_i, stride_ob, stride_oh, stride_on)
     o_tile = load_rows(o, start_i, N, stride_on, BM, DV, DVP, True).to(dtype)
     acc -= tl.where(has_keys[:, None] > 0, mean[:, None] * o_tile, 0.0)
     acc = tl.where(alive, acc, 0.0)
-    store_rows(part_of(to, b, h, stride_tob, stride_toh), acc, start_i, N, stride_ton, BM, DV, DVP)
+    to = part_of(to, b, h, first_i, stride_tob, stride_toh, stride_ton)
+    store_rows(to, acc, start_i, N, stride_ton, BM, DV, DVP)

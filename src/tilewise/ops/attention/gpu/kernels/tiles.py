@@ -10,6 +10,8 @@ import triton.language as tl
 
 from tilewise.shared.triton_math import INF, LOG2E, lowest, number, philox_tile, tanh
 
+from .sequences import tile_of
+
 EVERYTHING = tl.constexpr(0)
 INTERVALS = tl.constexpr(1)
 BITS = tl.constexpr(2)
@@ -18,25 +20,32 @@ _NO_KEY = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def part_of(base, b, h, stride_b, stride_h):
-    """Return where one head of one batch entry begins, in 64 bits."""
-    return base + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+def part_of(base, b, h, first, stride_b, stride_h, stride_n):
+    """Return where one head of one batch entry begins, at its row `first`, in 64 bits."""
+    part = base + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+    return part + tl.cast(first, tl.int64) * stride_n
 
 
 @triton.jit
-def attention_bounds_kernel(rows, N, bounds, BM: tl.constexpr):
+def attention_bounds_kernel(
+    rows, N, bounds, S, order, q_starts, BM: tl.constexpr, PACKED: tl.constexpr
+):
     """Write for each tile of queries which keys all of its rows see, and which any does.
 
-    Row intervals `(.., N, 4)`; bounds `(.., ceil(N / BM), 8)`: `[a0, a1)` and `[b0, b1)` hold the
-    first and the second intervals, and each row's first interval holds `[a2, a3)`.
+    Row intervals `(.., N, 4)`; bounds `(.., tiles, 8)`: `[a0, a1)` and `[b0, b1)` hold the first
+    and the second intervals, and each row's first interval holds `[a2, a3)`.
     """
-    tile, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = part * N
+    _, _, _, tile, first_i, _, N, _ = tile_of(
+        place, 1, N, 0, S, order, q_starts, q_starts, BM, False, PACKED
+    )
     i = tile * BM + tl.arange(0, BM)
     inside = i < N
-    at = rows + (part * N + i.to(tl.int64)) * 4  # [BM]
+    at = rows + (first + first_i + i.to(tl.int64)) * 4  # [BM]
     lo0, hi0 = tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0)
     lo1, hi1 = tl.load(at + 2, mask=inside, other=0), tl.load(at + 3, mask=inside, other=0)
-    out = bounds + (part * tl.num_programs(0) + tile) * BOUNDS
+    out = bounds + (part * tl.num_programs(0) + place) * BOUNDS
     tl.store(out, tl.min(tl.where(hi0 > lo0, lo0, _NO_KEY), 0))
     tl.store(out + 1, tl.max(tl.where(hi0 > lo0, hi0, 0), 0))
     tl.store(out + 2, tl.min(tl.where(hi1 > lo1, lo1, _NO_KEY), 0))
@@ -237,9 +246,37 @@ def kept(
 
     Four keys share a counter, which has the query's position among the keys and not its index.
     """
-    group = start_j // 4 + tl.arange(0, BN // 4)
     position = start_i + offset + tl.arange(0, BM)
-    words = philox_tile(group[None, :], position[:, None], head, entry, seed_low, seed_high)
+    return kept_at(
+        position[:, None],
+        start_j,
+        head,
+        entry,
+        seed_low,
+        seed_high,
+        threshold,
+        factor,
+        BN,
+        dtype,
+    )
+
+
+@triton.jit
+def kept_at(
+    position,
+    start_j,
+    head,
+    entry,
+    seed_low,
+    seed_high,
+    threshold,
+    factor,
+    BN: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Return what `kept` does, for positions `[BM, 1]` of queries of one head, or of as many."""
+    group = start_j // 4 + tl.arange(0, BN // 4)
+    words = philox_tile(group[None, :], position, head, entry, seed_low, seed_high)
     return tl.where(
         words < tl.cast(threshold, tl.uint32), number(0.0, dtype), number(factor, dtype)
     )
