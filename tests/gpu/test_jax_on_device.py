@@ -124,7 +124,6 @@ PACKED: dict[str, dict[str, Any]] = {
         "dropout_p": 0.3,
         "seed": 7,
     },
-    "no-mask": {},
 }
 
 
@@ -190,15 +189,14 @@ def test_sixteen_bits(board: Any) -> None:
         assert error < 1e-2
 
 
-@pytest.mark.parametrize("operator", ["log_softmax", "logsumexp"])
-def test_softmax_and_its_derivatives(board: Any, operator: str) -> None:
+def test_softmax_and_its_derivatives(board: Any) -> None:
     (x,) = inputs(shapes=[(3, 7, 5)])
     where = jnp.asarray(np.arange(35).reshape(7, 5) % 3 != 1)
 
     def derived(name: str) -> Any:
         def of(x: Any, sink: Any) -> Any:
             more = {"temperature": 1.3, "where": where, "sink": sink, "implementation": name}
-            return jnp.sum(jnp.nan_to_num(jnp.sin(getattr(tw.jax, operator)(x, 1, **more))))
+            return jnp.sum(jnp.nan_to_num(jnp.sin(tw.jax.log_softmax(x, 1, **more))))
 
         at = x, jnp.asarray(np.linspace(-1, 1, 15).reshape(3, 5))
         gradient = jax.value_and_grad(of, (0, 1))
@@ -226,15 +224,14 @@ def test_rows_in_parts(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 3 in grids
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_cross_entropy_and_its_derivatives(board: Any, reduction: str) -> None:
+def test_cross_entropy_and_its_derivatives(board: Any) -> None:
     (x,) = inputs(shapes=[(7, 13)])
     y = jnp.asarray([0, 12, -100, 5, 5, 1, 11], np.int32)
     options = {"label_smoothing": 0.1, "z_loss": 0.2, "weight": jnp.linspace(0.2, 2, 13)}
 
     def derived(name: str) -> Any:
         def of(x: Any) -> Any:
-            more = {**options, "reduction": reduction, "implementation": name}
+            more = {**options, "reduction": "none", "implementation": name}
             return jnp.sum(jnp.sin(tw.jax.cross_entropy(x, y, **more)))
 
         return jax.jvp(jax.value_and_grad(of), (x,), (jnp.cos(x),))
@@ -256,17 +253,16 @@ def test_cross_entropy_with_probabilities(board: Any) -> None:
     both(board, derived)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_linear_cross_entropy_and_its_derivatives(board: Any, reduction: str) -> None:
+def test_linear_cross_entropy_and_its_derivatives(board: Any) -> None:
     x = inputs(shapes=[(7, 5), (13, 5), (13,)])
     y = jnp.asarray([0, 12, -100, 5, 5, 1, 11])
     options = {"label_smoothing": 0.1, "z_loss": 0.2, "class_weight": jnp.linspace(0.2, 2, 13)}
 
     def derived(name: str) -> Any:
         def of(hidden: Any, weight: Any, bias: Any) -> Any:
-            more = {**options, "bias": bias, "reduction": reduction, "implementation": name}
+            more = {**options, "bias": bias, "implementation": name}
             found = tw.jax.linear_cross_entropy(hidden, weight, y, return_entropy=True, **more)
-            return jnp.sum(jnp.sin(found.loss)) + jnp.sum(jnp.sin(found.entropy))
+            return jnp.sin(found.loss) + jnp.sum(jnp.sin(found.entropy))
 
         return jax.jvp(jax.value_and_grad(of, (0, 1, 2)), x, [jnp.cos(a) for a in x])
 
