@@ -150,7 +150,7 @@ def test_exported_programs_hold_no_cache() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda x: x.to("meta"), tw.Unsupported, "q is on meta; caches are on the CPU"),
+        (lambda x: x.to("meta"), ValueError, "q must be on cpu (as cache), got meta"),
         (lambda x: x.double(), TypeError, "q must have dtype float32 (from cache), got float64"),
         (lambda x: x.int(), TypeError, "q must have dtype float32 (from cache), got int32"),
         (lambda x: x.to_sparse(), TypeError, "q must be a dense tensor, got torch.sparse_coo"),

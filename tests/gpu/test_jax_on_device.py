@@ -299,10 +299,12 @@ def test_a_target_that_is_no_class_makes_the_loss_nan(board: Any) -> None:
 def test_modules_are_loaded_once_and_contexts_left_as_they_were(board: Any) -> None:
     x = inputs(np.float32)
     of = jax.jit(attention("triton", softmax_scale=0.77))
+    before = len(board.launched)
     first = of(*x)
     loads, launches = board.library.stand_in_loads(), len(board.launched)
     assert np.array_equal(of(*x), first)
-    assert board.library.stand_in_loads() == loads and len(board.launched) == launches + 1
+    assert board.library.stand_in_loads() == loads
+    assert len(board.launched) - launches == launches - before > 0
     assert board.library.stand_in_pushed() == 0
 
 

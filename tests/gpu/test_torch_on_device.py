@@ -14,7 +14,7 @@ import torch
 import tilewise as tw
 from tilewise import Unsupported
 from tilewise.dispatch import device_implementation
-from tilewise.torch import attention, checks, gpu
+from tilewise.torch import attention, checks, cross_entropy, gpu, softmax
 
 SHAPES = ((2, 4, 11, 5), (2, 2, 13, 5), (2, 2, 13, 3))
 
@@ -95,6 +95,53 @@ def test_memory_that_is_not_contiguous() -> None:
     both(derived)
 
 
+@pytest.mark.parametrize("shape", [(11, 13), (13,), (2, 1, 1, 13), (4, 11, 1), (2, 4, 11, 13)])
+def test_boolean_masks_that_repeat(shape: tuple[int, ...]) -> None:
+    x = [t.detach() for t in inputs()]
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.6
+
+    def found(implementation: str) -> list[Any]:
+        given = {"implementation": implementation, "return_lse": True}
+        return [
+            *attention(*x, mask=mask, **given)[:2],
+            *attention(*x, mask=mask.mT.contiguous().mT if mask.ndim > 1 else mask, **given)[:2],
+        ]
+
+    both(found)
+    with pytest.raises(ValueError, match="mask must be broadcastable"):
+        attention(*x, mask=mask[..., :1].expand(*mask.shape[:-1], 12), implementation="triton")
+
+
+def test_the_host_does_not_wait_for_what_tensors_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs take no call that does."""
+    x = inputs()
+    options = {
+        "mask": torch.rand(11, 13) < 0.5,
+        "sinks": torch.zeros(4, dtype=torch.float64),
+        "alibi_slopes": torch.ones(4, dtype=torch.float64),
+        "implementation": "triton",
+    }
+    read: list[Any] = []
+    monkeypatch.setattr(gpu.Stage, "copy", lambda self, t: t if t is None else read.append(t))
+    o = attention(*x, **options)
+    torch.autograd.grad(o.sum(), x)
+    assert not read
+
+
+def test_compiled_calls_are_one_graph() -> None:
+    x, sinks = inputs(), torch.zeros(4, dtype=torch.float64)
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        o = attention(q, k, v, mask=tw.causal(), sinks=sinks, implementation="triton")
+        return o.sin().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for mine, theirs in zip(
+        torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
 def test_float32_is_as_near_as_on_the_cpu() -> None:
     x = [t.detach() for t in inputs(torch.float32)]
     exact = attention(*[t.double() for t in x])
@@ -123,13 +170,13 @@ def test_tensors_of_the_cpu_are_refused_where_nothing_interprets(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_without_cuda_is_unsupported() -> None:
     with pytest.raises(Unsupported, match="cuda:0: PyTorch finds no GPU"):
-        checks._check_place("attention", torch.device("cuda", 0))
+        checks.check_place("attention", torch.device("cuda", 0))
     with pytest.raises(Unsupported, match="no implementation for device xpu"):
-        checks._check_place("attention", torch.device("xpu", 0))
+        checks.check_place("attention", torch.device("xpu", 0))
 
 
 def test_stand_ins_take_no_memory_and_lead_back() -> None:
-    stage = gpu._Stage(torch.device("cpu"))
+    stage = gpu.Stage(torch.device("cpu"))
     tensor = torch.arange(3.0).expand(2**18, 2**16, 3)
     other = torch.arange(24.0).reshape(2, 3, 4).transpose(0, 1)
     large, small = stage.stand_in(tensor), stage.stand_in(other)
@@ -141,7 +188,7 @@ def test_stand_ins_take_no_memory_and_lead_back() -> None:
 
 
 def test_numbers_computed_from_stand_ins_are_an_error() -> None:
-    stage = gpu._Stage(torch.device("cpu"))
+    stage = gpu.Stage(torch.device("cpu"))
     array = stage.stand_in(torch.ones(2, 3))
     assert array is not None
     with pytest.raises(RuntimeError, match="a stand-in of float32 was copied"):
@@ -171,3 +218,77 @@ except tw.Unsupported as error:
     )
     wanted = f"{name}: implementation 'triton': computes on a GPU, got {argument} on cpu\n"
     assert done.stdout == wanted
+
+
+_LOGITS = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+OVERWRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "probabilities": (lambda x: x * 1, _LOGITS.softmax(1), {"class_axis": 1, "reduction": "none"}),
+    "indices": (lambda x: x * 1, torch.arange(15).reshape(3, 5) % 8 - 1, {"ignore_index": -1}),
+    "rows that are no view": (
+        lambda x: x.transpose(0, 1) * 1,
+        torch.arange(15).reshape(5, 3) % 7,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_the_gradient_of_the_loss_takes_the_memory_of_the_logits(name: str) -> None:
+    make, targets, options = OVERWRITTEN[name]
+    x = _LOGITS.clone().requires_grad_()
+    sources = [x]
+    if targets.is_floating_point():
+        targets = targets.clone().requires_grad_()
+        sources.append(targets)
+    wanted = cross_entropy(make(x), targets, implementation="cpu", **options)
+    right = torch.autograd.grad(wanted.sin().sum(), sources)
+    logits = make(x)
+    memory, version, seen = logits.data_ptr(), logits._version, []
+    logits.register_hook(seen.append)
+    found = cross_entropy(
+        logits, targets, implementation="triton", inplace_backward=True, **options
+    )
+    got = torch.autograd.grad(found.sin().sum(), sources)
+    for mine, theirs in zip(got, right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    assert seen[0].data_ptr() == memory and logits._version > version
+
+
+def test_logits_that_cannot_be_overwritten_are_refused() -> None:
+    x = torch.ones(3, 4, requires_grad=True)
+    y = torch.tensor([0, 1, 3])
+    given: dict[str, Any] = {"inplace_backward": True, "implementation": "triton"}
+    with pytest.raises(ValueError, match="be False where the logits are a leaf"):
+        cross_entropy(x, y, **given)
+    with pytest.raises(ValueError, match="logits must not overlap themselves"):
+        cross_entropy((x[:1] * 1).expand(3, 4), y, **given)
+    logits = x * 1
+    with pytest.raises(ValueError, match="targets must not overlap logits"):
+        cross_entropy(logits, logits, **given)
+    loss = cross_entropy(x * 1, y, **given)
+    with pytest.raises(Unsupported, match="no second derivatives with inplace_backward"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_rows_in_any_strides_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, readable = [], gpu.readable
+
+    def seen(tensor: Any, operator: Any) -> Any:
+        kept.append((tensor, readable(tensor, operator)))
+        return kept[-1][1]
+
+    monkeypatch.setattr(gpu, "readable", seen)
+    x = torch.linspace(-3, 2, 3 * 5 * 28, dtype=torch.float64).reshape(3, 5, 4, 7)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = (torch.arange(84) % 6 - 1).reshape(3, 4, 7)
+
+    def derived(implementation: str) -> list[Any]:
+        given: dict[str, Any] = {"implementation": implementation}
+        p = softmax(x, 1, **given)
+        loss = cross_entropy(x, y, class_axis=1, ignore_index=-1, **given)
+        return [p.detach(), *torch.autograd.grad(p.sin().sum() + loss, x)]
+
+    both(derived)
+    assert len(kept) > 8
+    for before, after in kept:
+        assert before.data_ptr() == after.data_ptr() and before.stride() == after.stride()

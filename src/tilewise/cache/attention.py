@@ -35,11 +35,29 @@ from tilewise.ops.attention.spec import (
 from tilewise.ops.attention.spec.arguments import SCALE, SOFTCAP, shapes_in
 from tilewise.ops.attention.spec.sequences import Sequences, lowered_per_sequence
 
-from .kv_cache import KVCache, row_counts, words
+from .kv_cache import KVCache, row_counts
 from .pages import View
 
 Array: TypeAlias = NDArray[Any]
 Lowered: TypeAlias = RowIntervals | PackedBits
+
+
+class Door:
+    """How attention gets at what a cache stores: on the host as it is."""
+
+    def array(self, stored: Any, dtype: str) -> Array:
+        """Return an array of the call for what the memory of a cache stores, with its dtype."""
+        if not isinstance(stored, np.ndarray):
+            requirement = "be in the memory of the host where q is an array"
+            raise type_error(NAME, "cache", requirement, f"one on {stored.device}")
+        return typed(stored, dtype)
+
+    def full(self, shape: tuple[int, ...], value: float, dtype: FloatDType) -> Any:
+        """Return what results can be written to, full of a number."""
+        return np.full(shape, value, dtype)
+
+
+HOST = Door()
 
 
 def attend(
@@ -51,8 +69,9 @@ def attend(
     sequences: Any = None,
     lengths: Any = None,
     layout: str = "bhnd",
-    implementation: str | None = None,
+    implementation: str | Implementation | None = None,
     want: Want | None = None,
+    door: Door = HOST,
     **options: Any,
 ) -> tuple[AttentionCall, AttentionOutputs]:
     """Append keys and values to sequences, and let queries attend to all that these hold.
@@ -66,8 +85,10 @@ def attend(
         lengths: `(B,)` integers: how many rows of q, k and v are real. The others, behind them, are
             not appended, and their o is 0. All by default.
         layout: `"bhnd"`, or `"bnhd"` for tensors `(B, N, H, D)`.
-        implementation: Name of the implementation, or None for the first that serves the call.
+        implementation: Name of the implementation, or None for the first that serves the call; or
+            an implementation itself.
         want: Which statistics to return.
+        door: How to get at the memory of the cache.
         **options: mask, bias `(B, H, N, max_k)`, alibi_slopes, softcap, sinks and softmax_scale.
 
     Returns:
@@ -84,7 +105,7 @@ def attend(
     if options.pop("dropout_p", 0.0) != 0.0 or options.pop("seed", None) is not None:
         raise unsupported(NAME, "dropout with a cache, which is for inference; leave it out")
     with _visible(cache, k, v, sequences, lengths, layout) as view:
-        cached = _checked(cache, view, q, lengths, layout, options)
+        cached = _checked(cache, door, view, q, lengths, layout, options)
         return cached.call, _forward(cached, implementation, want or Want())
 
 
@@ -116,6 +137,7 @@ class _Cached:
     Attributes:
         call: The call, with the pools as k and v, and without its mask.
         cache: The cache.
+        door: How to get at its memory.
         view: The sequences.
         rows: How many queries of each sequence are real.
         mask: A mask, a boolean array of 4 dimensions, or None.
@@ -123,6 +145,7 @@ class _Cached:
 
     call: AttentionCall
     cache: KVCache
+    door: Door
     view: View
     rows: list[int]
     mask: Mask | Array | None
@@ -144,13 +167,16 @@ class _Cached:
 
 
 def _checked(
-    cache: KVCache, view: View, q: Any, lengths: Any, layout: str, options: dict[str, Any]
+    cache: KVCache,
+    door: Door,
+    view: View,
+    q: Any,
+    lengths: Any,
+    layout: str,
+    options: dict[str, Any],
 ) -> _Cached:
-    stored, dtype = words(NAME, "q", q)
-    if dtype != cache.dtype:
-        raise type_error(NAME, "q", f"have dtype {cache.dtype} (from cache)", dtype)
-    q = typed(stored, dtype)
-    k, v = (typed(pool, dtype) for pool in (cache.k, cache.v))
+    found = cache._words(NAME, "q", q), cache.k, cache.v
+    q, k, v = (door.array(stored, cache.dtype) for stored in found)
     B, Nk = len(view.lengths), int(view.lengths.max(initial=0))
     sizes = Sizes(NAME, LIMITS)
     sizes.bind("B", B, "sequences")
@@ -177,7 +203,7 @@ def _checked(
         paging=Paging(view.block_table(), view.lengths),
         **_numbers(sizes, q.dtype, **options),
     )
-    return _Cached(call, cache, view, row_counts(NAME, lengths, B, N), mask)
+    return _Cached(call, cache, door, view, row_counts(NAME, lengths, B, N), mask)
 
 
 def _numbers(
@@ -223,7 +249,9 @@ def typed(stored: Array, dtype: str) -> Array:
     return stored.view(bfloat16(NAME)) if dtype == "bfloat16" else stored
 
 
-def _forward(cached: _Cached, implementation: str | None, want: Want) -> AttentionOutputs:
+def _forward(
+    cached: _Cached, implementation: str | Implementation | None, want: Want
+) -> AttentionOutputs:
     """Compute all sequences from the pages themselves, or one after the other from copies."""
     call = _paged(cached)
     paged = None if call is None else _that_serves(call, implementation)
@@ -234,7 +262,7 @@ def _forward(cached: _Cached, implementation: str | None, want: Want) -> Attenti
                 if whole is not None and rows < call.N:
                     whole[b, :, rows:] = value
         return out
-    out = _empty(cached.call, want)
+    out = _empty(cached.call, want, cached.door)
     for b, rows in enumerate(cached.rows):
         one = _of_sequence(cached, b)
         found = choose(NAME, one, implementation).forward(one, want)
@@ -244,7 +272,9 @@ def _forward(cached: _Cached, implementation: str | None, want: Want) -> Attenti
     return out
 
 
-def _that_serves(call: AttentionCall, implementation: str | None) -> Implementation | None:
+def _that_serves(
+    call: AttentionCall, implementation: str | Implementation | None
+) -> Implementation | None:
     try:
         return choose(NAME, call, implementation)
     except (Unsupported, ExceptionGroup):
@@ -307,7 +337,8 @@ def _rows_one_by_one(cached: _Cached) -> NDArray[np.int32] | None:
 def _of_sequence(cached: _Cached, b: int) -> AttentionCall:
     """Return the call of one sequence alone, with its keys gathered."""
     call, rows, Nk = cached.call, slice(cached.rows[b]), int(cached.view.lengths[b])
-    k, v = (typed(x, cached.cache.dtype) for x in cached.cache._dense(cached.view, b))
+    found = cached.cache._dense(cached.view, b)
+    k, v = (cached.door.array(stored, cached.cache.dtype) for stored in found)
     return replace(
         call,
         q=call.q[b : b + 1, :, rows],
@@ -375,15 +406,15 @@ def _flat(outputs: AttentionOutputs) -> tuple[Array | None, ...]:
     return o, *stats, *others
 
 
-def _empty(call: AttentionCall, want: Want) -> AttentionOutputs:
+def _empty(call: AttentionCall, want: Want, door: Door) -> AttentionOutputs:
     """Return what a forward pass returns of rows that see no key."""
     rows = (call.B, call.H, call.N)
     m, log_l, lse, max_logit, entropy = (
-        np.full(rows, value, call.compute_dtype) for value in _NO_KEYS[1:6]
+        door.full(rows, value, call.compute_dtype) for value in _NO_KEYS[1:6]
     )
-    o = o_full = _zeros(call, call.dtype)
+    o = o_full = _zeros(call, call.dtype, door)
     if call.is_narrow:
-        o_full = _zeros(call, call.compute_dtype)
+        o_full = _zeros(call, call.compute_dtype, door)
     return AttentionOutputs(
         o,
         RowStats(m, log_l),
@@ -394,7 +425,7 @@ def _empty(call: AttentionCall, want: Want) -> AttentionOutputs:
     )
 
 
-def _zeros(call: AttentionCall, dtype: FloatDType) -> Array:
+def _zeros(call: AttentionCall, dtype: FloatDType, door: Door) -> Any:
     if call.layout == "bhnd":
-        return np.zeros((call.B, call.H, call.N, call.Dv), dtype)
-    return np.zeros((call.B, call.N, call.H, call.Dv), dtype).swapaxes(1, 2)
+        return door.full((call.B, call.H, call.N, call.Dv), 0.0, dtype)
+    return door.full((call.B, call.N, call.H, call.Dv), 0.0, dtype).swapaxes(1, 2)

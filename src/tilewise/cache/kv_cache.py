@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator as _operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,22 +14,8 @@ from tilewise.base.dims import Sizes
 from tilewise.base.errors import type_error, value_error
 from tilewise.ops.attention.spec.arguments import KEY, LAYOUTS, LIMITS, VALUE
 
-from .pages import EVICTED, Claim, Pages, View
-
-NAME = "KVCache"
-
-WORDS: dict[str, type[np.generic]] = {
-    "float32": np.float32,
-    "float64": np.float64,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-}
-"""In which NumPy type each dtype is stored; NumPy alone has no bfloat16."""
-
-READERS = {"torch": "tilewise.torch.cache"}
-"""For arrays of other packages, the module whose `words` reads them."""
-
-Reader = Callable[[str, str, Any], tuple[NDArray[Any], str]]
+from .memory import NAME, WORDS, allocated
+from .pages import Claim, Pages, View
 
 
 class KVCache:
@@ -49,12 +34,15 @@ class KVCache:
         Dv: Entries of a value, at most 512; D by default.
         dtype: `"float32"` (the default), `"float64"`, `"bfloat16"`, `"float16"`, or one of these as
             a dtype of NumPy or PyTorch.
-        like: An array or tensor that has the dtype, instead.
+        like: An array or tensor that has the dtype, instead, and the device.
         max_length: Keys that a sequence may have; as many as there are pages for by default.
+        device: A device of PyTorch, such as `"cuda"`, on which the pools are tensors; by default
+            that of `like`, or the memory of the host.
 
     Raises:
         TypeError: An argument has a wrong kind, or no cache has that dtype.
         ValueError: A size is too small or too large.
+        Unsupported: There are no kernels for the device.
         MemoryError: There is not enough memory.
     """
 
@@ -69,6 +57,7 @@ class KVCache:
         dtype: Any = None,
         like: Any = None,
         max_length: int | None = None,
+        device: Any = None,
     ) -> None:
         count = _count(NAME, "pages", pages, least=0, most=2**31 - 1)
         self._page_size = _count(NAME, "page_size", page_size, most=2**31 - 1)
@@ -77,10 +66,8 @@ class KVCache:
         self._Dv = self._D if Dv is None else _count(NAME, "Dv", Dv, most=512)
         self._dtype = _dtype_name(dtype, like)
         limit = None if max_length is None else _count(NAME, "max_length", max_length)
-        # Zeros, because the system hands them out page by page as they are written.
-        words = WORDS[self._dtype]
-        self._k = np.zeros((count, self._Hk, self._page_size, self._D), words)
-        self._v = np.zeros((count, self._Hk, self._page_size, self._Dv), words)
+        k, v = ((count, self._Hk, self._page_size, width) for width in (self._D, self._Dv))
+        self._memory = allocated(k, v, self._dtype, device, like)
         self._pages = Pages(count, self._page_size, limit)
 
     @classmethod
@@ -94,6 +81,7 @@ class KVCache:
         *,
         dtype: Any = None,
         like: Any = None,
+        device: Any = None,
     ) -> KVCache:
         """Return a cache of one page for each of a batch of sequences, which are open already.
 
@@ -105,22 +93,27 @@ class KVCache:
             Dv: Entries of a value; D by default.
             dtype: As for `KVCache`.
             like: As for `KVCache`.
+            device: As for `KVCache`.
         """
         batch = _count(f"{NAME}.contiguous", "batch", batch)
         length = _count(f"{NAME}.contiguous", "max_length", max_length, most=2**31 - 1)
-        cache = cls(batch, length, Hk, D, Dv, dtype=dtype, like=like, max_length=length)
+        options = {"dtype": dtype, "like": like, "device": device}
+        cache = cls(batch, length, Hk, D, Dv, max_length=length, **options)
         cache.open(batch)
         return cache
 
     @property
-    def k(self) -> NDArray[Any]:
-        """Return the pool of keys `(pages, Hk, page_size, D)`; its bits as uint16 for bfloat16."""
-        return self._k
+    def k(self) -> Any:
+        """Return the pool of keys `(pages, Hk, page_size, D)`.
+
+        In the memory of the host an array, of bfloat16 its bits as uint16; on a device a tensor.
+        """
+        return self._memory.k
 
     @property
-    def v(self) -> NDArray[Any]:
+    def v(self) -> Any:
         """Return the pool of values `(pages, Hk, page_size, Dv)`; as `k`."""
-        return self._v
+        return self._memory.v
 
     @property
     def dtype(self) -> str:
@@ -150,7 +143,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Return the bytes of both pools."""
-        return self._k.nbytes + self._v.nbytes
+        return int(self.k.nbytes + self.v.nbytes)
 
     @property
     def sequences(self) -> list[int]:
@@ -292,10 +285,8 @@ class KVCache:
             self._write(claim, k, v)
             yield claim.view
 
-    def _checked(
-        self, operator: str, B: int, k: Any, v: Any, layout: str
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return `(B, Hk, n, D)` and `(B, Hk, n, Dv)` in the type of the pools."""
+    def _checked(self, operator: str, B: int, k: Any, v: Any, layout: str) -> tuple[Any, Any]:
+        """Return `(B, Hk, n, D)` and `(B, Hk, n, Dv)` as the pools store them."""
         if layout not in LAYOUTS:
             allowed = " or ".join(map(repr, LAYOUTS))
             raise value_error(operator, "layout", f"be {allowed}", repr(layout))
@@ -303,63 +294,22 @@ class KVCache:
         sizes = Sizes(operator, LIMITS)
         sizes.match("sequences", (("B",),), (B,))
         sizes.match("cache", (("Hk", "D", "Dv"),), (self._Hk, self._D, self._Dv))
-        sizes.match("k", KEY.in_layout(layout), k.shape)
-        sizes.match("v", VALUE.in_layout(layout), v.shape)
+        sizes.match("k", KEY.in_layout(layout), tuple(k.shape))
+        sizes.match("v", VALUE.in_layout(layout), tuple(v.shape))
         return (k, v) if layout == "bhnd" else (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    def _words(self, operator: str, name: str, value: Any) -> NDArray[Any]:
-        """Return an array or tensor of the cache's dtype in the type of the pools."""
-        array, dtype = words(operator, name, value)
+    def _words(self, operator: str, name: str, value: Any) -> Any:
+        """Return an array or tensor of the cache's dtype as the pools store it."""
+        stored, dtype = self._memory.read(operator, name, value)
         if dtype != self._dtype:
             raise type_error(operator, name, f"have dtype {self._dtype} (from cache)", dtype)
-        return array
+        return stored
 
-    def _write(self, claim: Claim, k: NDArray[Any], v: NDArray[Any]) -> None:
-        """Write keys and values behind the sequences, where nobody reads yet."""
-        pools = ((self._k, k), (self._v, v))
-        for copied in claim.copies:
-            for pool, _ in pools:
-                pool[copied.target, :, : copied.rows] = pool[copied.source, :, : copied.rows]
-        view = claim.view
-        for b, pages in enumerate(view.tables):
-            start, end = int(view.starts[b]), int(view.lengths[b])
-            at = start
-            while at < end:
-                page, row = divmod(at, self._page_size)
-                rows = min(self._page_size - row, end - at)
-                for pool, new in pools:
-                    first = at - start
-                    pool[pages[page], :, row : row + rows] = new[b, :, first : first + rows]
-                at += rows
+    def _write(self, claim: Claim, k: Any, v: Any) -> None:
+        self._memory.write(claim, k, v)
 
-    def _dense(self, view: View, b: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return copies `(1, Hk, Nk, D)` and `(1, Hk, Nk, Dv)` of a sequence; 0 where evicted."""
-        length, pages = int(view.lengths[b]), view.tables[b]
-        found = []
-        for pool in (self._k, self._v):
-            dense = np.zeros((1, self._Hk, length, pool.shape[3]), pool.dtype)
-            for i, page in enumerate(pages):
-                part = dense[0, :, i * self._page_size : (i + 1) * self._page_size]
-                if page != EVICTED:
-                    part[...] = pool[page, :, : part.shape[1]]
-            found.append(dense)
-        return found[0], found[1]
-
-
-def words(operator: str, name: str, value: Any) -> tuple[NDArray[Any], str]:
-    """Return the memory of an array or tensor as it is stored, and the name of its dtype."""
-    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-        dtype = value.dtype
-        known = dtype.name if dtype.isnative else dtype.str
-        stored = value.view(np.uint16) if known == "bfloat16" else value
-        return stored.view(np.ndarray), known
-    for base in type(value).__mro__:
-        reader = READERS.get(base.__module__.partition(".")[0])
-        if reader is not None:
-            read: Reader = import_module(reader).words
-            return read(operator, name, value)
-    requirement = "be a numpy.ndarray or a torch.Tensor"
-    raise type_error(operator, name, requirement, type(value).__name__)
+    def _dense(self, view: View, b: int) -> tuple[Any, Any]:
+        return self._memory.dense(view, b)
 
 
 def row_counts(operator: str, lengths: Any, B: int, n: int) -> list[int]:

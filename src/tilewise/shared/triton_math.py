@@ -230,7 +230,7 @@ def philox_tile(group, c1, c2, c3, seed_low, seed_high):
     Args:
         group: `[1, C / 4]`. First word of the counter.
         c1: `[R, 1]`. Second word.
-        c2: Third word, a scalar.
+        c2: Third word, a scalar or `[R, 1]`.
         c3: Fourth word, a scalar.
         seed_low: Lower half of the key.
         seed_high: Upper half of the key.

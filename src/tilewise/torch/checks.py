@@ -21,12 +21,30 @@ _TENSORS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
 _REQUIRED = ("q", "k", "v")
 
 
+def autocast_dtype(first: Any) -> torch.dtype | None:
+    """Return the dtype to which autocast casts where a tensor is; None where it is off."""
+    device = first.device.type if isinstance(first, Tensor) else "meta"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast as autocast does for torch.nn.functional.scaled_dot_product_attention."""
-    dtype = torch.get_autocast_dtype("cpu")
-    casts = (*_NARROW, torch.float32)
+    """Cast as autocast does for torch.nn.functional's linear and scaled_dot_product_attention.
+
+    The device is that of the first tensor: others, and float64, stay as they are.
+    """
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    device, casts = tensors[0].device.type, (*_NARROW, torch.float32)
     return tuple(
-        [t.to(dtype) if isinstance(t, Tensor) and t.dtype in casts else t for t in tensors]
+        [
+            t.to(dtype)
+            if isinstance(t, Tensor) and t.dtype in casts and t.device.type == device
+            else t
+            for t in tensors
+        ]
     )
 
 
@@ -78,7 +96,7 @@ def _first(operator: str, q: Tensor) -> torch.dtype:
     if dtype not in _DTYPES:
         raise type_error(operator, "q", f"have dtype {listed(FLOATS)}", shown(dtype))
     if not q.is_cpu:
-        _check_place(operator, q.device)
+        check_place(operator, q.device)
     return dtype
 
 
@@ -92,10 +110,10 @@ def check_first(operator: str, name: str, x: Any) -> None:
     if x.dtype not in _DTYPES:
         raise type_error(operator, name, f"have dtype {listed(FLOATS)}", shown(x.dtype))
     if not x.is_cpu:
-        _check_place(operator, x.device)
+        check_place(operator, x.device)
 
 
-def _check_place(operator: str, device: torch.device) -> None:
+def check_place(operator: str, device: torch.device) -> None:
     """Raise where there are no kernels for a device that is not the CPU."""
     if device.type == "meta":
         return

@@ -8,7 +8,7 @@ kernels get is the validated call with the tensors in their places.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -63,20 +63,32 @@ def run(
         tensors: Its flat arguments, with trailing inputs of a forward pass perhaps left out.
     """
     first = tensors[operator.first[kind]]
-    name = _chosen(operator, options["implementation"], first)
-    given = [None if t is None else _readable(t) for t in tensors]
-    if operator.orders:
-        given = [None if t is None else t.contiguous() for t in given]
+    name = implementation_for(operator, options["implementation"], first)
+    given = [None if t is None else readable(t, operator) for t in tensors]
     one = partial(_run_one, operator, kind, name, options, needed)
     extra = first.ndim - operator.rank
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    with device_of(first):
         if extra == 0:
             return one(given)
-        leading, stage = first.shape[:extra], _Stage(first.device)
+        leading, stage = first.shape[:extra], Stage(first.device)
         if operator.folds(kind, [stage.stand_in(t) for t in given], options) and 0 not in leading:
             merged = [None if t is None else t.reshape(-1, *t.shape[extra + 1 :]) for t in given]
             return tuple([None if r is None else _unfolded(r, leading) for r in one(merged)])
-        return _each(one, given, leading)
+        return _each(operator, one, given, leading)
+
+
+def serving(operator: FlatOperator, implementation: str | None, first: Any) -> Implementation:
+    """Return the implementation on tensors that serves calls with such a first input.
+
+    Raises:
+        Unsupported: There is none, or the one that is named computes elsewhere.
+    """
+    return device_implementation(operator.name, implementation_for(operator, implementation, first))
+
+
+def device_of(tensor: Any) -> AbstractContextManager[Any]:
+    """Make the GPU of a tensor the one on which kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def adapted(
@@ -96,13 +108,18 @@ def adapted(
     return stand_ins.adapted(operator, implementation, torch.Tensor, to_tensor, to_array)
 
 
-class _Stage(stand_ins.Stage):
-    """Arrays that stand in for the tensors of one call, and the way back to the tensors."""
+class Stage(stand_ins.Stage):
+    """Arrays that stand in for the tensors of one call, and the way back to the tensors.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the tensors are.
+        keeps: Whether arrays of integers stay on the device for other calls, as masks do.
+    """
+
+    def __init__(self, device: torch.device, keeps: bool = True) -> None:
         def new(array: Array) -> Any:
             if array.size:
-                return _uploaded(array, device)
+                return (_uploaded if keeps else sent)(array, device)
             return torch.empty(array.shape, dtype=_tensor_dtype(array.dtype), device=device)
 
         super().__init__(_dtype, new)
@@ -126,7 +143,7 @@ def _run_one(
 ) -> Tensors:
     """Run a function on tensors without further leading dimensions."""
     start = operator.first[kind]
-    stage = _Stage(tensors[start].device)
+    stage = Stage(tensors[start].device)
     own = device_implementation(operator.name, name)
     if own.lower_mask and options["mask"] == DENSE and options["layout"] != PACKED:
         mask = partial(own.lower_mask, int16=torch.int16, uint8=torch.uint8)
@@ -147,7 +164,7 @@ def _with_lowered(
     start: int,
     options: Mapping[str, Any],
     tensors: Sequence[Any],
-    stage: _Stage,
+    stage: Stage,
 ) -> tuple[FlatOperator, Mapping[str, Any], list[Any]]:
     """Lower a boolean tensor on its device, so that the host does not wait for its entries.
 
@@ -179,13 +196,18 @@ def _with_lowered(
     return replace(operator, prepare=prepare), {**options, "mask": None}, rest
 
 
-def _each(one: Callable[..., Tensors], tensors: Sequence[Any], leading: Sequence[int]) -> Tensors:
+def _each(
+    operator: FlatOperator,
+    one: Callable[..., Tensors],
+    tensors: Sequence[Any],
+    leading: Sequence[int],
+) -> Tensors:
     """Run a function once for each index of the leading dimensions."""
     if 0 in leading:
         zeros = [None if t is None else t.new_zeros(t.shape[len(leading) :]) for t in tensors]
         return tuple([None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)])
     every = [
-        one([None if t is None else _readable(t[index]) for t in tensors])
+        one([None if t is None else readable(t[index], operator) for t in tensors])
         for index in product(*map(range, leading))
     ]
     parts = zip(*every, strict=True)
@@ -197,7 +219,7 @@ def _unfolded(tensor: Any, leading: Sequence[int]) -> Any:
     return tensor.reshape(*leading, -1, *tensor.shape[1:])
 
 
-def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> str:
+def implementation_for(operator: FlatOperator, implementation: str | None, first: Any) -> str:
     """Return the name of the implementation that a call on a device gets, or raise."""
     if first.is_cpu:
         assert implementation is not None
@@ -217,10 +239,16 @@ def _chosen(operator: FlatOperator, implementation: str | None, first: Any) -> s
     return implementation
 
 
-def _readable(tensor: Any) -> Any:
-    """Return a tensor whose numbers are in its memory as they are, each row contiguous."""
+def readable(tensor: Any, operator: FlatOperator | None = None) -> Any:
+    """Return a tensor whose numbers are in its memory as they are, in strides that kernels take.
+
+    Those of an operator that is not `strided`, or of none, take rows whose entries are contiguous.
+    """
     tensor = tensor.detach().resolve_neg()
-    if tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
+    if operator is not None and operator.orders:
+        return tensor.contiguous()
+    strided = operator is not None and operator.strided
+    if strided or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
         return tensor
     return tensor.contiguous()
 
@@ -231,12 +259,22 @@ def _uploaded(array: Array, device: torch.device) -> Any:
     known = _uploads.get(key)
     if known is not None and known[0]() is array:
         return known[1]
-    plain = array.view(np.int16) if array.dtype == np.uint16 else array
-    tensor = torch.from_numpy(np.array(plain, order="C")).to(device)
+    tensor = _tensor_of(array).to(device)
     for old in [old for old, (of, _) in _uploads.items() if of() is None]:
         _uploads.pop(old, None)
     _uploads[key] = ref(array), tensor
     return tensor
+
+
+def sent(array: Array, device: torch.device) -> Any:
+    """Return integers on the device without waiting for it, for the current stream alone."""
+    tensor = _tensor_of(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _tensor_of(array: Array) -> Any:
+    plain = array.view(np.int16) if array.dtype == np.uint16 else array
+    return torch.from_numpy(np.array(plain, order="C"))
 
 
 @cache

@@ -104,6 +104,7 @@ def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED
 
 
 def _jvp(call: AttentionCall, tangents: TangentCall, dtype: Any) -> OutputTangents:
+    call, tangents = _alike(call, tangents)
     to, tlse = empty(call, call.H, call.N, call.Dv, dtype), rows(call)
     chosen = planned(call, "jvp")
     launch_carefully(
@@ -128,6 +129,9 @@ def _gradients(
     moved: OutputTangents | None = None,
 ) -> AttentionGrads:
     """Compute the gradients or, with `second` and the output tangents, their tangents."""
+    if second is not None:
+        call, moves = _alike(call, second.tangents)
+        second = replace(second, tangents=moves)
     do: Any = cotangents.do
     if do is None:
         do = _like(call).new_zeros((call.B, call.H, call.N, call.Dv))
@@ -264,10 +268,18 @@ def _moves(tangents: InputTangents | None) -> dict[str, Any]:
         **strides("tq", tq),
         **strides("tk", tk),
         **strides("tv", tv),
-        **bias_of("tbias", tbias),
+        "tbias": tbias,
         **{"T_Q": tq is not None, "T_K": tk is not None, "T_V": tv is not None},
         **{"T_BIAS": tbias is not None, "T_SINKS": tsinks is not None},
     }
+
+
+def _alike(call: AttentionCall, tangents: Any) -> tuple[AttentionCall, Any]:
+    """Return a call and its tangents with equal strides of both biases: kernels know one set."""
+    bias, tbias = call.bias, tangents.tbias
+    if tbias is None or all([step(bias, d) == step(tbias, d) for d in range(4)]):
+        return call, tangents
+    return replace(call, bias=_contiguous(bias)), replace(tangents, tbias=_contiguous(tbias))
 
 
 def _cotangent_tangents(second: SecondCall | None) -> dict[str, Any]:
@@ -291,7 +303,14 @@ def planned(call: AttentionCall, kind: str) -> LaunchPlan:
         dtype=call.dtype.name,
         arch=architecture(),
         sequences=packed_count(call),
+        crowded=_is_crowded(call),
     )
+
+
+def _is_crowded(call: AttentionCall) -> bool:
+    """Return whether options take registers that large tiles would need."""
+    given = call.bias, call.alibi_slopes, call.softcap
+    return call.dropout_p > 0 or any([option is not None for option in given])
 
 
 def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:
@@ -323,7 +342,7 @@ def launch_carefully(
     given = pairs(call, chosen, of_keys) | arguments
     # Rows whose every bias is -inf are hidden, too.
     hides = call.mask is not None or call.bias is not None
-    given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=_int32(call)) if hides else None
+    given["spoiled"] = _like(call).new_empty(chosen.grid, dtype=int32(call)) if hides else None
     launch(kernel, chosen, **given, HIDES=hides, CAREFUL=False)
     if hides:
         launch(kernel, chosen, **given, HIDES=hides, CAREFUL=True)
@@ -337,10 +356,14 @@ def pairs(call: AttentionCall, chosen: LaunchPlan, of_keys: bool = False) -> dic
         chosen: The plan of the kernel.
         of_keys: Whether its programs own tiles of keys, and not of queries.
     """
-    factor = call.keep_factor
     packed = packed_of(call, chosen.constants["BN" if of_keys else "BM"], of_keys)
+    mask = mask_of(call, chosen.constants["BM"], None if of_keys else packed)
+    return {**operands(call), **packed, **mask}
+
+
+def operands(call: AttentionCall) -> dict[str, Any]:
+    """Return tensors, sizes and numbers of a call as the kernels take them, without its mask."""
     return {
-        **packed,
         "q": call.q,
         "k": call.k,
         "v": call.v,
@@ -355,14 +378,13 @@ def pairs(call: AttentionCall, chosen: LaunchPlan, of_keys: bool = False) -> dic
         **strides("v", call.v),
         **bias_of("bias", call.bias),
         "slopes_stride_b": step(call.alibi_slopes, 0),
-        **mask_of(call, chosen.constants["BM"], None if of_keys else packed),
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 1.0),
         "first_entry": call.first_entry,
         "seed_low": call.seed & 0xFFFFFFFF,
         "seed_high": call.seed >> 32,
         "threshold": call.drop_threshold,
-        "factor": factor,
+        "factor": call.keep_factor,
         "D": call.D,
         "DV": call.Dv,
         "BIAS": call.bias is not None,
@@ -436,7 +458,7 @@ def wide(call: AttentionCall) -> Any:
     return _compute_dtypes[dtype]
 
 
-def _int32(call: AttentionCall) -> Any:
+def int32(call: AttentionCall) -> Any:
     """Return the framework's dtype of 32-bit integers."""
     key = "int32", type(call.q)
     if key not in _compute_dtypes:
@@ -461,8 +483,6 @@ def refuses(call: AttentionCall) -> str | None:
     """Return why a call is not served, or None."""
     if isinstance(_like(call), np.ndarray):
         return "computes on tensors of PyTorch, not on arrays"
-    if call.paging is not None:
-        return "reads no keys in pages yet"
     return None
 
 

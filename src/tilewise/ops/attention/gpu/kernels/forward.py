@@ -34,6 +34,91 @@ from .tiles import (
 
 
 @triton.jit
+def fold_logits(m, l, entropy, s, ENTROPY: tl.constexpr):
+    """Fold a tile of logits in base 2 into the state of its rows, and into their entropy.
+
+    Returns the new m, l and entropy, `[R]` the factor of what was summed before, and `[R, C]` the
+    weights.
+    """
+    before, summed = m, l
+    m, l, shrink, w = softmax_step(m, l, s)
+    if ENTROPY:
+        base = tl.where(m == -INF, 0.0, m)
+        moved = tl.where(before == -INF, 0.0, (before - base) * summed)
+        terms = tl.where(w != 0.0, w * (s - base[:, None]), 0.0)
+        entropy = shrink * (entropy + moved) + tl.sum(terms, 1)
+    return m, l, entropy, shrink, w
+
+
+@triton.jit
+def end_rows(
+    m,
+    l,
+    acc,
+    entropy,
+    sink,
+    row,
+    inside,
+    m_out,
+    log_l_out,
+    lse,
+    max_logit,
+    entropy_out,
+    SINKS: tl.constexpr,
+    LSE: tl.constexpr,
+    MAX_LOGIT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Write the statistics of rows whose keys are all folded in, and return their o.
+
+    Args:
+        m: `[R]`. Row maxima in base 2.
+        l: `[R]`. Sums of `2^(s - m)`.
+        acc: `[R, DVP]`. Sums of `2^(s - m) v`.
+        entropy: `[R]`. Sums of `2^(s - m) (s - m)`.
+        sink: Where the sink of the head is.
+        row: `[R]`. Places of the rows among all rows.
+        inside: `[R]`. Which of them exist.
+        m_out: Row maxima with the sink.
+        log_l_out: Natural logarithms of the sums.
+        lse: `m + log l`, natural.
+        max_logit: Row maxima without the sink, natural.
+        entropy_out: Entropies.
+        SINKS: Whether there are sinks.
+        LSE: Whether lse is asked for.
+        MAX_LOGIT: Whether max_logit is.
+        ENTROPY: Whether the entropy is.
+    """
+    if MAX_LOGIT:
+        # Maxima may pass over NaN, sums do not.
+        top = tl.where((l != l) & (m != INF), l, natural(m))
+        tl.store(max_logit + row, top, mask=inside)
+    if SINKS:
+        z = tl.load(sink).to(m.dtype) * LOG2E
+        top = tl.maximum(m, z)
+        base = tl.where(top == -INF, 0.0, top)
+        shrink, one = tl.exp2(m - base), tl.exp2(z - base)
+        if ENTROPY:
+            moved = tl.where(m == -INF, 0.0, (m - base) * l)
+            entropy = shrink * (entropy + moved) + tl.where(one != 0.0, one * (z - base), 0.0)
+        l = l * shrink + one
+        acc *= shrink[:, None]
+        m = top
+    alive = m != -INF
+    m = tl.where((l != l) & (m != INF), l, m)
+    l = tl.where(alive, l, 1.0)
+    log_l = tl.log(l)
+    tl.store(m_out + row, m, mask=inside)
+    tl.store(log_l_out + row, log_l, mask=inside)
+    if LSE:
+        tl.store(lse + row, natural(m) + log_l, mask=inside)
+    if ENTROPY:
+        value = tl.where(alive, log_l - LN2 * (entropy / l), 0.0)
+        tl.store(entropy_out + row, value, mask=inside)
+    return acc / l[:, None]
+
+
+@triton.jit
 def _forward_tile(
     m,
     l,
@@ -102,13 +187,7 @@ def _forward_tile(
     seen = visible(mask, i, j, N, Nk, MASK, MASKED)
     if MASKED:
         s = tl.where(seen, s, -INF)
-    before, summed = m, l
-    m, l, shrink, w = softmax_step(m, l, s)
-    if ENTROPY:
-        base = tl.where(m == -INF, 0.0, m)
-        moved = tl.where(before == -INF, 0.0, (before - base) * summed)
-        terms = tl.where(w != 0.0, w * (s - base[:, None]), 0.0)
-        entropy = shrink * (entropy + moved) + tl.sum(terms, 1)
+    m, l, entropy, shrink, w = fold_logits(m, l, entropy, s, ENTROPY)
     if DROPOUT:
         w *= kept(
             start_i,
@@ -317,33 +396,27 @@ def attention_fwd_kernel(
     i = start_i + tl.arange(0, BM)
     inside = i < N
     row = (b * H + h).to(tl.int64) * total + first_i + i
-    if MAX_LOGIT:
-        # Maxima may pass over NaN, sums do not.
-        top = tl.where((l != l) & (m != INF), l, natural(m))
-        tl.store(max_logit + row, top, mask=inside)
+    sink = sinks
     if SINKS:
-        z = tl.load(sinks + h).to(dtype) * LOG2E
-        top = tl.maximum(m, z)
-        base = tl.where(top == -INF, 0.0, top)
-        shrink, one = tl.exp2(m - base), tl.exp2(z - base)
-        if ENTROPY:
-            moved = tl.where(m == -INF, 0.0, (m - base) * l)
-            entropy = shrink * (entropy + moved) + tl.where(one != 0.0, one * (z - base), 0.0)
-        l = l * shrink + one
-        acc *= shrink[:, None]
-        m = top
-    alive = m != -INF
-    m = tl.where((l != l) & (m != INF), l, m)
-    l = tl.where(alive, l, 1.0)
-    log_l = tl.log(l)
-    tl.store(m_out + row, m, mask=inside)
-    tl.store(log_l_out + row, log_l, mask=inside)
-    if LSE:
-        tl.store(lse + row, natural(m) + log_l, mask=inside)
-    if ENTROPY:
-        value = tl.where(alive, log_l - LN2 * (entropy / l), 0.0)
-        tl.store(entropy_out + row, value, mask=inside)
-    acc = acc / l[:, None]
+        sink += h
+    acc = end_rows(
+        m,
+        l,
+        acc,
+        entropy,
+        sink,
+        row,
+        inside,
+        m_out,
+        log_l_out,
+        lse,
+        max_logit,
+        entropy_out,
+        SINKS,
+        LSE,
+        MAX_LOGIT,
+        ENTROPY,
+    )
     o = part_of(o, b, h, first_i, stride_ob, stride_oh, stride_on)
     store_rows(o, acc, start_i, N, stride_on, BM, DV, DVP)
     if O_FULL:

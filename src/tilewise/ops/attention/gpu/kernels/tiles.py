@@ -246,9 +246,37 @@ def kept(
 
     Four keys share a counter, which has the query's position among the keys and not its index.
     """
-    group = start_j // 4 + tl.arange(0, BN // 4)
     position = start_i + offset + tl.arange(0, BM)
-    words = philox_tile(group[None, :], position[:, None], head, entry, seed_low, seed_high)
+    return kept_at(
+        position[:, None],
+        start_j,
+        head,
+        entry,
+        seed_low,
+        seed_high,
+        threshold,
+        factor,
+        BN,
+        dtype,
+    )
+
+
+@triton.jit
+def kept_at(
+    position,
+    start_j,
+    head,
+    entry,
+    seed_low,
+    seed_high,
+    threshold,
+    factor,
+    BN: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Return what `kept` does, for positions `[BM, 1]` of queries of one head, or of as many."""
+    group = start_j // 4 + tl.arange(0, BN // 4)
+    words = philox_tile(group[None, :], position, head, entry, seed_low, seed_high)
     return tl.where(
         words < tl.cast(threshold, tl.uint32), number(0.0, dtype), number(factor, dtype)
     )
