@@ -297,6 +297,14 @@ def test_a_target_that_is_no_class_makes_the_loss_nan(board: Any) -> None:
     assert np.isfinite(loss(x, weight, kept, implementation="triton"))
 
 
+def test_a_program_that_was_saved_runs_as_before(board: Any) -> None:
+    (x,) = inputs(np.float32, [(3, 7)])
+    of = jax.jit(lambda x: tw.jax.softmax(x, implementation="triton"))
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("tilewise_launch")]
+    saved = jax.export.export(of, disabled_checks=allowed)(x).serialize()
+    assert np.array_equal(jax.export.deserialize(saved).call(x), of(x))
+
+
 def test_modules_are_loaded_once_and_contexts_left_as_they_were(board: Any) -> None:
     x = inputs(np.float32)
     of = jax.jit(attention("triton", softmax_scale=0.77))
