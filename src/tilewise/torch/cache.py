@@ -29,6 +29,7 @@ _NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+_TENSORS = ("bias", "alibi_slopes", "sinks")
 _WHY = "the keys of a cache are overwritten in place, so there are no derivatives through it"
 
 
@@ -103,16 +104,12 @@ def cached_attention(
     on_device = isinstance(getattr(cache, "k", None), Tensor)
     if on_device or options.get("implementation") in DEVICE:
         return _by_kernels_of_a_device(cache, q, k, v, want, options)
-    for name in ("bias", *_READ):
+    for name in _TENSORS:
         if options.get(name) is not None:
             options[name] = typed(*words(NAME, name, options[name]))
     call, out = attend(cache, q, k, v, want=want, **options)
     o = laid_out(out.o, call.layout)
     return tuple([_tensor(a) for a in (o, out.lse, out.max_logit, out.entropy)])
-
-
-_READ = ("alibi_slopes", "sinks")
-"""Options whose entries are looked at as a call is checked."""
 
 
 class _OnDevice(Door):
@@ -141,10 +138,10 @@ def _by_kernels_of_a_device(
     pool = found if isinstance(found, Tensor) else torch.empty(0)
     name = implementation_for(FLAT, options.pop("implementation") or DEVICE[0], pool)
     stage = Stage(pool.device, keeps=False)
-    for option in ("bias", *_READ):
+    for option in _TENSORS:
         if options.get(option) is not None:
             tensor = readable(checked(NAME, option, options[option], pool.device))
-            options[option] = (stage.copy if option in _READ else stage.stand_in)(tensor)
+            options[option] = stage.stand_in(tensor)
     own = device_implementation(NAME, name)
     chosen = adapted(NAME, own, stage.tensor, lambda tensor: tensor)
     door = _OnDevice(stage, pool.device)

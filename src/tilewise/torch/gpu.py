@@ -128,11 +128,7 @@ class Stage(stand_ins.Stage):
         """Return an array with the entries of a tensor; of one on a GPU they are waited for."""
         if tensor is None:
             return None
-        plain = tensor.cpu().contiguous()
-        if plain.dtype is torch.bfloat16:
-            array: Array = plain.view(torch.int16).numpy().view(bfloat16("torch"))
-        else:
-            array = plain.numpy()
+        array: Array = tensor.cpu().contiguous().numpy()
         self.place(array, tensor.contiguous(), max(array.nbytes, 1))
         return array
 
