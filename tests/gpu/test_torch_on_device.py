@@ -337,3 +337,19 @@ def test_a_token_without_a_logit_has_no_loss() -> None:
         return [r.loss, moved, *first]
 
     both(found)
+
+
+def test_a_bias_and_its_tangent_in_other_strides() -> None:
+    x = [t.detach() for t in inputs()]
+    bias = torch.linspace(-1, 2, 13 * 11, dtype=torch.float64).reshape(13, 11).T
+    moved = bias.sin().contiguous()
+    assert moved.stride() != bias.stride()
+
+    def derived(implementation: str) -> list[Any]:
+        def of(bias: Any) -> Any:
+            return attention(*x, bias=bias, implementation=implementation).sin().sum()
+
+        first = torch.func.jvp(of, (bias,), (moved,))[1]
+        return [first, torch.func.jvp(torch.func.grad(of), (bias,), (moved,))[1]]
+
+    both(derived)

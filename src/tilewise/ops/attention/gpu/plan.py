@@ -140,7 +140,7 @@ _CROWDED: dict[str, dict[int, Tile]] = {
     "fwd gfx942": {0: Tile(128, 32, 8), 1: Tile(64, 64, 4)},
     "dq": {0: Tile(64, 32, 4), 1: Tile(32, 32, 4)},
     "dkv": {0: Tile(16, 64, 4, greedy=True), 1: Tile(16, 32, 8)},
-    "dkv sm_80": {0: Tile(32, 32, 4)},
+    "dkv sm_80": {0: Tile(32, 32, 4, greedy=True)},
     "jvp": {0: Tile(64, 16, 4)},
     "second_dq": {0: Tile(64, 16, 4)},
     "second_dq sm_80": {0: Tile(32, 16, 8)},
