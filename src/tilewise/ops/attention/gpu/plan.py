@@ -55,12 +55,12 @@ def plan(
         crowded: Whether there is a bias, a soft cap, dropout or ALiBi.
     """
     DP, DVP = padded(D), padded(Dv)
-    packed = sequences is not None
-    cut = _tile(kind, max(DP, DVP), dtype, arch, crowded=crowded, packed=packed)
+    cut = _tile(kind, max(DP, DVP), dtype, arch, crowded=crowded)
     tile = cut.BN if kind.endswith("dkv") else cut.BM
     grid = (tiles_of(rows, tile, sequences) * heads,)
     constants = {"BM": cut.BM, "BN": cut.BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
-    most = MOST_REGISTERS if cut.greedy and arch.startswith("sm_") else None
+    greedy = cut.greedy or (sequences is not None and f"{kind} {arch}" in _GREEDY_IF_PACKED)
+    most = MOST_REGISTERS if greedy and arch.startswith("sm_") else None
     return LaunchPlan(grid, constants, cut.num_warps, cut.num_stages, most)
 
 
@@ -86,8 +86,11 @@ class Tile(NamedTuple):
 MOST_REGISTERS = 255
 """Registers that a thread of NVIDIA can have."""
 
+_GREEDY_IF_PACKED = ("dkv sm_100",)
+"""What is greedy for packed sequences; their tiles are those of one call, as are their bits."""
 
-def _tile(kind: str, width: int, dtype: str, arch: str, *, crowded: bool, packed: bool) -> Tile:
+
+def _tile(kind: str, width: int, dtype: str, arch: str, *, crowded: bool) -> Tile:
     """Return the tile of a kernel: of what is known of a case, by its architecture first."""
     if arch == INTERPRETER:
         return Tile(64, 64, 4)
@@ -97,8 +100,7 @@ def _tile(kind: str, width: int, dtype: str, arch: str, *, crowded: bool, packed
     elif dtype == "float16":
         tables = [_CROWDED_HALF, _CROWDED, _HALF, _TILES] if crowded else [_HALF, _TILES]
     else:
-        tables = [_PACKED, _TILES] if packed else [_TILES]
-        tables = [_CROWDED, *tables] if crowded else tables
+        tables = [_CROWDED, _TILES] if crowded else [_TILES]
     kind = kind.replace("dbias", "dq")
     for table in tables:
         for name in (f"{kind} {arch}", kind, "other"):
@@ -123,9 +125,6 @@ _TILES: dict[str, dict[int, Tile]] = {
 """What fits the registers, for rows of up to 64, 128 and 512 entries of 16 bits: of all, or of one
 architecture."""
 
-_PACKED: dict[str, dict[int, Tile]] = {"dkv sm_100": {0: Tile(32, 64, 4, greedy=True)}}
-"""For packed sequences of bfloat16."""
-
 _HALF: dict[str, dict[int, Tile]] = {"dq": {0: Tile(64, 32, 4)}, "dkv": {0: Tile(32, 32, 4)}}
 """For float16, whose gradients are multiplied in float32."""
 
@@ -137,7 +136,7 @@ _CROWDED_HALF: dict[str, dict[int, Tile]] = {
 
 _CROWDED: dict[str, dict[int, Tile]] = {
     "fwd": {1: Tile(128, 32, 8, 2)},
-    "fwd sm_100": {0: Tile(128, 32, 8, 2)},
+    "fwd sm_100": {0: Tile(128, 64, 8)},
     "fwd gfx942": {0: Tile(128, 32, 8), 1: Tile(64, 64, 4)},
     "dq": {0: Tile(64, 32, 4), 1: Tile(32, 32, 4)},
     "dkv": {0: Tile(16, 64, 4, greedy=True), 1: Tile(16, 32, 8)},
@@ -268,14 +267,17 @@ def _compilation(
     module = import_module(f".kernels.{_MODULES[base]}", __package__)
     kernel = getattr(module, f"attention_{base}_kernel")
     crowded = any([options.get(name) for name in _TAKING])
-    sizes: dict[str, Any] = {
-        "heads": 1,
-        "rows": 1,
-        "D": D,
-        "Dv": D,
-        "sequences": 1 if "PACKED" in options else None,
-    }
-    chosen = plan(kind, **sizes, dtype=dtype, arch=arch, crowded=crowded)
+    chosen = plan(
+        kind,
+        heads=1,
+        rows=1,
+        D=D,
+        Dv=D,
+        dtype=dtype,
+        arch=arch,
+        sequences=1 if options.get("PACKED") else None,
+        crowded=crowded,
+    )
     given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
     given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
     given |= {"EXTENT": 64, "BLOCK": PLACES, "QUERIES": QUERY_TILE, "KEYS": KEY_TILE}
