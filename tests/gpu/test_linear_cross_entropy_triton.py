@@ -272,6 +272,12 @@ def test_what_is_not_served_is_refused(option: dict[str, Any], reason: str) -> N
         results(TRITON, inputs_of(F32), **option)
 
 
+def test_float64_is_refused_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETS", False)
+    with pytest.raises(Unsupported, match="float64 is only interpreted"):
+        results(TRITON, inputs_of(F64))
+
+
 def test_argmax_is_the_first_of_equals() -> None:
     hidden, weight, _, y, _ = inputs_of()
     weight[[20, 35]] = weight[3] = 3 * hidden.sum(axis=0)

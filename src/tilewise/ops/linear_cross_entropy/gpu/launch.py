@@ -383,6 +383,8 @@ def refuses(call: LossCall) -> str | None:
     """Return why a call is not served, or None."""
     if call.token_chunk is not None:
         return "stores what it does for all tokens and some classes; give vocab_chunk for less"
+    if str(call.hidden.dtype).endswith("float64") and not INTERPRETS:
+        return "float64 is only interpreted, for Triton's compiler fails at the gradient by weight"
     if call.gradient_filter > 0:
         return "leaves out no gradients (gradient_filter)"
     return refuses_arrays(call.hidden)

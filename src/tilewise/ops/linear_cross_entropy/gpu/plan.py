@@ -136,8 +136,7 @@ def _of_logits(name: str, short: str, arch: str, kernels: Any) -> Iterator[Compi
     inputs, moved = ("hidden", "weight", "bias"), ("thidden", "tweight", "tbias")
     rows = ["class_weight", "parts", "m", "log_l", "entropy", "sums"]
     rows += ["g", "g_lse", "g_entropy", "tg", "tg_lse", "tg_entropy"]
-    wide = "fp64" if short == "fp64" else "fp32"
-    tensors = dict.fromkeys(inputs, short) | dict.fromkeys(rows, wide)
+    tensors = dict.fromkeys(inputs, short) | dict.fromkeys(rows, "fp32")
     tensors |= {"targets": "i64", "argmax_parts": "i64", "scale": "fp64", "live": "i8"}
     tangents = dict.fromkeys(moved, short)
     options = {"ENTROPY": True, "CAPPED": True, "SQUARED": True, "PRECISION": "ieee"}
@@ -157,26 +156,25 @@ def _of_logits(name: str, short: str, arch: str, kernels: Any) -> Iterator[Compi
 def _of_gradients(name: str, short: str, arch: str, kernel: Any) -> Iterator[Compilation]:
     """Return the configurations of the products that end gradients."""
     stored = "fp32" if name == "float16" else short
-    wide = "fp64" if short == "fp64" else "fp32"
     for side, more, dense in (
         ("hidden", {"after": short}, "a_inner"),
-        ("hidden, first strip", {"after": wide}, "a_inner"),
+        ("hidden, first strip", {"after": "fp32"}, "a_inner"),
         ("weight", {"after": short, "live": "i8", "rows": short}, "a_row"),
         ("hidden, of tangents", {"after": short, "a2": stored, "b2": short}, "a_inner"),
     ):
         kind = "two_gradients" if "a2" in more else "gradient"
         cut = tiles(kind, _itemsize(stored), arch)
-        tensors = {"a": stored, "b": short, "before": wide, **more}
+        tensors = {"a": stored, "b": short, "before": "fp32", **more}
         constants = {"PRECISION": precision(name), dense: 1}
         title = f"{_STEM}gradient by {side}, {name}"
         yield _compilation(title, kernel, tensors, cut, "MNK", constants)
 
 
 def _itemsize(kind: str) -> int:
-    return {"fp64": 8, "fp32": 4}.get(kind, 2)
+    return 4 if kind == "fp32" else 2
 
 
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _STEM = "linear_cross_entropy_"
 _NUMBERS = {**dict.fromkeys(("sharp", "share", "zeta", "cap"), "fp64"), "ignored": "i64"}
 
