@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": CAUSAL},
     "two-intervals": {"mask": CAUSAL & (tw.window(9, 0) | tw.sink_tokens(3))},
+    "two-in-a-tile": {"mask": CAUSAL & (tw.window(9, 0) | tw.sink_tokens(66))},
     "by-head": {"mask": torch.rand(H, N, NK, **DOUBLE) < 0.4},
     "rows-without-keys": {"mask": torch.arange(N)[:, None] > torch.arange(NK) % 2 + 1},
     "bias-slopes": {
