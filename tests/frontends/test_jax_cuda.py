@@ -133,20 +133,20 @@ def test_exported_programs_hold_both_platforms() -> None:
     assert "@tilewise_launch" in text and "@tilewise_evaluate" in text
 
 
-def test_what_is_not_served_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(gpu.ARCHITECTURE, "sm_90")
-
+@pytest.mark.usefixtures("written")
+def test_what_is_not_served_is_unsupported() -> None:
     def attention(**options: Any) -> Any:
         return lambda q, k, v: tw.jax.attention(q, k, v, **options)
 
     def packed(q: Any, k: Any, v: Any) -> Any:
-        return tw.jax.attention_varlen(q[0], k[0], v[0], [0, 4])
+        bias = jnp.ones((1, 4, 4))
+        return tw.jax.attention_varlen(q[0], k[0], v[0], [0, 4], bias=bias)
 
     of = jnp.ones((1, 4, 2, 3))
     for function, text in {
         attention(implementation="cpu"): "'cpu': computes on the CPU, and the program is for CUDA",
         attention(implementation="hopper"): "'hopper': is not provided through JAX",
-        packed: "takes no packed sequences through JAX yet",
+        packed: "takes no bias with a column for each key of packed sequences",
     }.items():
         with pytest.raises(Unsupported, match=text):
             lowered(function, of, of, of)
@@ -201,8 +201,10 @@ def test_the_frontend_imports_no_triton() -> None:
 
 
 COMPILED = """
-import json, sys, jax, jax.numpy as jnp, numpy as np, tilewise.jax
+import json, jax, jax.numpy as jnp, numpy as np, tilewise.jax
 from jax._src.lib.mlir import ir
+from tilewise.shared.recording import Recording
+from tilewise.shared.triton_programs import compiler, encoded
 x = jnp.ones((7, 24), jnp.float32)
 of = lambda x: jax.jvp(jax.grad(lambda x: tilewise.jax.logsumexp(x, 1).sum()), (x,), (x,))[1]
 q = jnp.ones((1, 2, 19, 16), jnp.bfloat16)
@@ -220,6 +222,11 @@ def collect(op):
 for function, given in programs:
     made = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",))
     made.compiler_ir().operation.walk(collect)
+recording = Recording("sm_90")
+tensor = recording.argument((5, 7), np.dtype(np.float16))
+made = [tensor.swapaxes(0, 1).to(np.float64), tensor.float().sum(), tensor.new_zeros(3, dtype=int)]
+copies = encoded(recording, made, {}, 90, compiler(90))
+found.append([copies.numbers.tolist(), copies.kernels, copies.code.hex()])
 print(json.dumps(found))
 """
 
@@ -247,4 +254,5 @@ def test_compiled_programs_hold_code_of_the_architecture() -> None:
             assert name.encode() in binary and b"sm_90a" in binary
             names.append(name)
         assert not rest
-    assert {"softmax_fwd_kernel", "softmax_derivative_kernel", "attention_fwd_kernel"} == {*names}
+    wanted = {"softmax_fwd_kernel", "softmax_derivative_kernel", "attention_fwd_kernel"}
+    assert set(names) == wanted | {"copy_kernel", "sum_kernel", "fill_kernel"}

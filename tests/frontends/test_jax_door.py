@@ -400,11 +400,6 @@ ERRORS = {
         ValueError,
         "implementation must be one of 'cpu', 'reference', 'triton', 'hopper', got 'gpu'",
     ),
-    "implementation of tensors": (
-        lambda: wrong(implementation="hopper"),
-        tw.Unsupported,
-        "implementation 'hopper': is not provided through JAX",
-    ),
     "softcap": (lambda: wrong(softcap=-1.0), ValueError, "softcap must be from 1e-15 to 1e+15"),
     "seed": (lambda: wrong(dropout_p=0.5), ValueError, "seed must be given where dropout_p"),
     "kind of seed": (

@@ -13,6 +13,7 @@ import pytest
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 
 import jax.numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
 
 import tilewise as tw  # noqa: E402
 import tilewise.jax as tj  # noqa: E402
@@ -104,6 +105,7 @@ def every(f: Callable[..., Any], x: tuple[Any, ...]) -> dict[str, Any]:
         "reverse over reverse": jax.grad(
             lambda *y: sum(map(jnp.vdot, grad(*y), along(x, 1))), every_x
         )(*x),
+        "forward over forward": jax.jvp(lambda *x: jax.jvp(f, x, along(x, 1)), x, along(x, 2))[1],
         "vmap": jax.vmap(lambda h: grad(h, *rest), -1)(jnp.stack([h, -h], -1)),
         "under vmap": jax.grad(
             lambda w: scalar(jax.vmap(lambda h: f(h, w, x[2])), jnp.stack([h, -h]))
@@ -279,10 +281,12 @@ def test_without_a_kept_token_all_is_zero() -> None:
     assert loss == 0 and not any(g.any() for g in grads)
 
 
-def test_forward_over_forward_and_third_derivatives_are_refused() -> None:
-    slope = lambda h: jax.jvp(lambda h: loss_of(h, W), (h,), (H,))[1]  # noqa: E731
-    with pytest.raises(tw.Unsupported, match="forward mode over forward mode is not provided"):
-        jax.jvp(slope, (H,), (H,))
+def test_derivatives_agree_with_differences() -> None:
+    f = jax.jit(partial(door, **OPTIONS["everything of each token"]))
+    check_grads(f, (H, W, B), order=2, modes=("fwd", "rev"))
+
+
+def test_third_derivatives_are_refused() -> None:
     curve = lambda h: jnp.vdot(jax.jvp(jax.grad(lambda h: loss_of(h, W)), (h,), (H,))[1], H)  # noqa: E731
     with pytest.raises(tw.Unsupported, match="third derivatives are not provided"):
         jax.grad(curve)(H)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import tilewise.numpy as twn
 import tilewise.torch as twt
 from tilewise.base.dtypes import unit_roundoff
+from tilewise.base.errors import Unsupported
 from tilewise.dispatch import evaluate_by
 from tilewise.ops.linear_cross_entropy.gpu import launch, plan
 from tilewise.ops.linear_cross_entropy.record import FLAT
@@ -138,14 +139,20 @@ def test_dtype_with_every_derivative(dtype: np.dtype[Any]) -> None:
 
 
 def test_strips_of_classes_change_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is as wide as one tile here, where at first there was one for all."""
-    inputs = inputs_of(F32)
+    """Each is as wide as the chunk that is asked for, where at first there was one for all."""
+    inputs, widths, strip = inputs_of(F32), [], launch.strip
+
+    def seen(*given: Any) -> int:
+        widths.append(strip(*given))
+        return widths[-1]
+
+    monkeypatch.setattr(launch, "strip", seen)
     whole = results(TRITON, inputs, **EVERY)
-    monkeypatch.setattr(plan, "STRIP_ENTRIES", 1)
-    strips = results(TRITON, inputs, **EVERY)
+    strips = results(TRITON, inputs, vocab_chunk=17, **EVERY)
+    assert widths == [48, 48, 16, 16]
     for name in whole:
         assert whole[name].tobytes() == strips[name].tobytes(), name
-    agrees(inputs_of(BF16, bias=False), entropy=False)
+    agrees(inputs_of(BF16, bias=False), entropy=False, vocab_chunk=16)
 
 
 def test_bits_of_a_token_do_not_depend_on_the_others() -> None:
@@ -233,6 +240,38 @@ def test_parts_of_the_classes_merge_into_the_whole() -> None:
     np.testing.assert_allclose(dhidden, grads.dhidden, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_door_of_arrays_reduces_once(reduction: str) -> None:
+    hidden, weight, bias, y, counts = inputs_of(class_weight=True)
+    given = {"bias": bias, "class_weight": counts, "reduction": reduction, "z_loss": 0.1}
+    g = drawn(T, seed=20) if reduction == "none" else np.asarray(0.7)
+    move = drawn(T, C, seed=40)
+    found = []
+    for by in (TRITON, "reference"):
+        options: dict[str, Any] = {**given, "implementation": by}
+        loss = twn.linear_cross_entropy(hidden, weight, y, **options)
+        grads = twn.linear_cross_entropy_vjp(g, hidden, weight, y, **options)
+        moved = twn.linear_cross_entropy_jvp(move, hidden, weight, y, **options)
+        second = twn.linear_cross_entropy_vjp_jvp(
+            g, move, hidden, weight, y, tdloss=0.3 * g, **options
+        )
+        found.append([loss, *grads, moved.tloss, *second])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"token_chunk": 5}, "for all tokens and some classes; give vocab_chunk for less"),
+        ({"gradient_filter": 0.1}, "leaves out no gradients"),
+    ],
+)
+def test_what_is_not_served_is_refused(option: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        results(TRITON, inputs_of(F32), **option)
+
+
 def test_argmax_is_the_first_of_equals() -> None:
     hidden, weight, _, y, _ = inputs_of()
     weight[[20, 35]] = weight[3] = 3 * hidden.sum(axis=0)
@@ -287,6 +326,7 @@ def test_strips_are_whole_tiles_and_bounded() -> None:
         assert width % 128 == 0
         assert width == 128 or width * tokens <= plan.STRIP_ENTRIES
     assert plan.strip(7, 100, 128, 64) == 128
+    assert [plan.strip(7, 999, 128, 64, chunk) for chunk in (1, 300, 9999)] == [128, 256, 1024]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])

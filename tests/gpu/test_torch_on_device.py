@@ -14,7 +14,7 @@ import torch
 import tilewise as tw
 from tilewise import Unsupported
 from tilewise.dispatch import device_implementation
-from tilewise.torch import attention, checks, gpu
+from tilewise.torch import attention, checks, cross_entropy, gpu, softmax
 
 SHAPES = ((2, 4, 11, 5), (2, 2, 13, 5), (2, 2, 13, 3))
 
@@ -218,3 +218,77 @@ except tw.Unsupported as error:
     )
     wanted = f"{name}: implementation 'triton': computes on a GPU, got {argument} on cpu\n"
     assert done.stdout == wanted
+
+
+_LOGITS = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+OVERWRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "probabilities": (lambda x: x * 1, _LOGITS.softmax(1), {"class_axis": 1, "reduction": "none"}),
+    "indices": (lambda x: x * 1, torch.arange(15).reshape(3, 5) % 8 - 1, {"ignore_index": -1}),
+    "rows that are no view": (
+        lambda x: x.transpose(0, 1) * 1,
+        torch.arange(15).reshape(5, 3) % 7,
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_the_gradient_of_the_loss_takes_the_memory_of_the_logits(name: str) -> None:
+    make, targets, options = OVERWRITTEN[name]
+    x = _LOGITS.clone().requires_grad_()
+    sources = [x]
+    if targets.is_floating_point():
+        targets = targets.clone().requires_grad_()
+        sources.append(targets)
+    wanted = cross_entropy(make(x), targets, implementation="cpu", **options)
+    right = torch.autograd.grad(wanted.sin().sum(), sources)
+    logits = make(x)
+    memory, version, seen = logits.data_ptr(), logits._version, []
+    logits.register_hook(seen.append)
+    found = cross_entropy(
+        logits, targets, implementation="triton", inplace_backward=True, **options
+    )
+    got = torch.autograd.grad(found.sin().sum(), sources)
+    for mine, theirs in zip(got, right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    assert seen[0].data_ptr() == memory and logits._version > version
+
+
+def test_logits_that_cannot_be_overwritten_are_refused() -> None:
+    x = torch.ones(3, 4, requires_grad=True)
+    y = torch.tensor([0, 1, 3])
+    given: dict[str, Any] = {"inplace_backward": True, "implementation": "triton"}
+    with pytest.raises(ValueError, match="be False where the logits are a leaf"):
+        cross_entropy(x, y, **given)
+    with pytest.raises(ValueError, match="logits must not overlap themselves"):
+        cross_entropy((x[:1] * 1).expand(3, 4), y, **given)
+    logits = x * 1
+    with pytest.raises(ValueError, match="targets must not overlap logits"):
+        cross_entropy(logits, logits, **given)
+    loss = cross_entropy(x * 1, y, **given)
+    with pytest.raises(Unsupported, match="no second derivatives with inplace_backward"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_rows_in_any_strides_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, readable = [], gpu.readable
+
+    def seen(tensor: Any, operator: Any) -> Any:
+        kept.append((tensor, readable(tensor, operator)))
+        return kept[-1][1]
+
+    monkeypatch.setattr(gpu, "readable", seen)
+    x = torch.linspace(-3, 2, 3 * 5 * 28, dtype=torch.float64).reshape(3, 5, 4, 7)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = (torch.arange(84) % 6 - 1).reshape(3, 4, 7)
+
+    def derived(implementation: str) -> list[Any]:
+        given: dict[str, Any] = {"implementation": implementation}
+        p = softmax(x, 1, **given)
+        loss = cross_entropy(x, y, class_axis=1, ignore_index=-1, **given)
+        return [p.detach(), *torch.autograd.grad(p.sin().sum() + loss, x)]
+
+    both(derived)
+    assert len(kept) > 8
+    for before, after in kept:
+        assert before.data_ptr() == after.data_ptr() and before.stride() == after.stride()

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from tilewise.cli.plan import (
     differences,
     names_of,
     page,
+    plan,
     planning_modules,
     read_page,
     row,
@@ -33,6 +35,7 @@ SHORT = {
     "hopper dk dv bf16 D=64": {"wgmma": 2 * (2 * 64 // 16 + 2 * 64 // 16)},
     "hopper dq bf16 D=64": {"wgmma": 2 * (4 * 64 // 16 + 2 * 64 // 16)},
     "hopper rows bf16 D=64": {},
+    "attention dkv D64 bfloat16 bias+alibi+softcap+sinks+dropout+mask": {"wgmma": 10},
 }
 
 
@@ -61,7 +64,7 @@ def _same_triton() -> bool:
     return importlib.metadata.version("triton") in PAGE.read_text(encoding="utf-8")
 
 
-def test_the_hopper_kernels_neither_spill_nor_wait_for_each_product(
+def test_kernels_neither_spill_nor_wait_for_each_product(
     compiled: list[Resources],
 ) -> None:
     assert [one.name for one in compiled] == list(SHORT)
@@ -74,7 +77,7 @@ def test_each_product_is_the_instructions_that_its_extents_take(compiled: list[R
     for one in compiled:
         for kind, count in SHORT[one.name].items():
             assert one.instructions[kind] == count, one.name
-        if SHORT[one.name]:
+        if one.name.startswith("hopper") and SHORT[one.name]:
             assert one.instructions["tma_load"] >= 4 and one.instructions["tma_store"] >= 2
 
 
@@ -85,6 +88,32 @@ def test_every_planned_kernel_has_a_name_of_its_own(arch: str) -> None:
     assert len(found) == len(set(found))
     assert any(name.startswith("attention fwd") for name in found)
     assert any(name.startswith("hopper") for name in found) == (arch == "sm_90")
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_the_page_has_every_planned_kernel_and_none_that_spills(arch: str) -> None:
+    pytest.importorskip("triton")
+    if not _same_triton():
+        pytest.skip("another Triton made the page")
+    rows = read_page(PAGE)[arch]
+    assert set(rows) == {name for module in planning_modules() for name in names_of(module, arch)}
+    for name, text in rows.items():
+        _, _, registers, spills, _, _, programs, _, _ = map(str.strip, text.split("|"))
+        assert spills == "0" and int(registers) > 0 and int(programs) > 0, name
+
+
+def test_a_spill_that_the_page_knows_is_a_fault_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    spilling = resources(spill_stores=4)
+    path = tmp_path / "page.md"
+    path.write_text(page(rows_of([spilling])), encoding="utf-8")
+    monkeypatch.setattr("tilewise.cli.plan.compiled", lambda *_: [spilling])
+    with pytest.raises(typer.Exit):
+        plan(arch=["sm_90"], match=None, jobs=1, write=None, check=path, as_json=False)
+    printed = capsys.readouterr().out
+    assert "spills 4 + 0 bytes" in printed and "the page does not have" not in printed
 
 
 def resources(**more: object) -> Resources:

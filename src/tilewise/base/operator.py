@@ -228,6 +228,8 @@ class FlatOperator:
         read_outputs: Names of the active outputs that derivatives read, None for all. The others
             are given to derivatives as None, so that nothing keeps them.
         orders: Whether `prepare` brings its arrays into C order, with copies where it has to.
+        strided: Whether kernels of a GPU take tensors in any strides, and not only such whose last
+            dimension is contiguous.
         read_inputs: Names of the inputs whose entries a call is made from. Of the others `prepare`
             does no more than refuse some values, which it cannot on a device.
         split_over: ``(kind, arrays, options) -> number`` of first dimensions of all arguments and
@@ -259,6 +261,7 @@ class FlatOperator:
     read_outputs: tuple[str, ...] | None = None
     read_inputs: tuple[str, ...] = ()
     orders: bool = False
+    strided: bool = False
 
     @cached_property
     def reads(self) -> tuple[bool, ...]:

@@ -74,10 +74,9 @@ def plan(
         print(json.dumps([one.as_dict() for one in found]))
     else:
         print(tables(rows))
-    if check is None:
-        wrong = [f"{one.arch} {one.name}: {fault}" for one in found for fault in one.faults()]
-    else:  # what is wrong and on the page is known
-        wrong = differences(rows, read_page(check), whole=not (arch or match))
+    wrong = [f"{one.arch} {one.name}: {fault}" for one in found for fault in one.faults()]
+    if check is not None:
+        wrong += differences(rows, read_page(check), whole=not (arch or match))
     for line in wrong:
         print(line)
     if wrong:

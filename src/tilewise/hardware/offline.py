@@ -185,7 +185,7 @@ def _compile(compilation: Compilation, arch: str) -> Any:
         compilation.constants,
         {(i,): [["tt.divisibility", 16]] for i in places},
         GPUTarget(gpu.backend, gpu.target, gpu.warp),
-        {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages},
+        compilation.options,
     )
 
 

@@ -37,7 +37,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval, xla
 from tilewise.base.dtypes import is_narrow
 from tilewise.base.errors import unsupported, value_error
 from tilewise.base.operator import FORWARD_TWICE, KINDS, FlatOperator
-from tilewise.dispatch import DEVICE, named
+from tilewise.dispatch import named
 
 from . import gpu
 from .execution import Function, emit, mark_batch, operators
@@ -85,14 +85,10 @@ def forward(
 
 @lru_cache(maxsize=256)
 def _check_implementation(operator: str, options: str) -> None:
-    """Raise where an implementation is named that does not exist, or that programs cannot call."""
+    """Raise where an implementation is named that does not exist."""
     name = literal_eval(options)["implementation"]
-    if name is None:
-        return
-    named(operator, name)
-    if name in DEVICE and name != gpu.SERVED:
-        reason = "is not provided through JAX"
-        raise unsupported(operator, f"implementation {name!r}: {reason}")
+    if name is not None:
+        named(operator, name)
 
 
 def save_results(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -99,8 +99,7 @@ def cross_entropy(
     `t = weight ((1 - e) q + e / V)`, with e the label smoothing.
 
     The results are differentiable with respect to the logits and class probabilities under every
-    transformation of JAX, and one over another up to the second order, but for forward mode over
-    forward mode.
+    transformation of JAX, and one over another up to the second order.
 
     Args:
         logits: Any shape with an axis of V >= 1 classes; float64, float32, bfloat16 or float16.
@@ -127,7 +126,7 @@ def cross_entropy(
     Raises:
         TypeError: An argument has a wrong kind or dtype.
         ValueError: An argument has a wrong shape or value.
-        Unsupported: A third derivative is asked for, or forward mode over forward mode.
+        Unsupported: A third derivative is asked for.
         JaxRuntimeError: When it runs: a class index is out of range.
 
     Accuracy:

@@ -1,7 +1,7 @@
 """What the CPU reads of arrays before its kernels run, computed on the device of the arrays.
 
-There a call is put together before any value is known: masks of arrays become bits, and targets
-that are no class make the loss NaN.
+There a call is put together before any value is known: masks of arrays become bits, those of packed
+sequences intervals, and targets that are no class make the loss NaN.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from tilewise.base._lowering import KEY_TILE, QUERY_TILE
+from tilewise.base.errors import unsupported
 from tilewise.base.literals import BITS, ROWS, evaluate
 
 Sizes = tuple[int, int, int, int]
@@ -124,6 +126,99 @@ class _Patterns:
         """Return an array `(.., .., N, ..)` with its last row repeated."""
         beyond = ((0, 0), (0, 0), (0, self.every.shape[2] - self.N), (0, 0))
         return jnp.pad(array, beyond, mode="edge")
+
+
+def boundaries(starts: Array, total: int) -> Array:
+    """Return boundaries that are ascending from 0 to a total, whatever was given.
+
+    Those that are right stay as they are; with others no kernel leaves the memory of its arrays.
+    """
+    ascending = jax.lax.cummax(jnp.clip(starts, 0, total))
+    return ascending.at[0].set(0).at[-1].set(total)
+
+
+def packed_rows(text: str, q_starts: Array, k_starts: Array, total_q: int, operator: str) -> Array:
+    """Return what each query sees of its own sequence, `(1, 1, total_q, 4)` as in `RowIntervals`.
+
+    Args:
+        text: A mask without arrays, as a literal.
+        q_starts: `(S + 1,)`, where the queries of each sequence begin.
+        k_starts: `(S + 1,)`, likewise for keys.
+        total_q: Queries of all sequences.
+        operator: The name that error messages start with.
+
+    Raises:
+        Unsupported: Rows may have more than two intervals.
+    """
+    place = jnp.arange(total_q)
+    s = jnp.searchsorted(q_starts[1:], place, side="right")
+    N, Nk = (starts[s + 1] - starts[s] for starts in (q_starts, k_starts))
+    patterns = _RowPatterns(place - q_starts[s], N, Nk)
+    functions = {name: getattr(patterns, name) for name in _NUMBERED}
+    spans = evaluate(text, (), functions, operator).spans
+    if len(spans) > 2:
+        reason = "takes no mask that may have more than two intervals of keys per query"
+        raise unsupported(operator, f"a program for CUDA {reason} with packed sequences")
+    ends = [jnp.clip(end, 0, Nk) for span in [*spans, (0, 0)][:2] for end in span]
+    return jnp.stack(_in_order(*ends), -1).astype(jnp.int32)[None, None]
+
+
+def _in_order(*ends: Array) -> tuple[Array, ...]:
+    """Return two intervals ascending and apart; empty ones are (0, 0) and come last."""
+    a, b, c, d = ends
+    swap = (a >= b) | ((c < d) & (c < a))
+    a, b, c, d = (jnp.where(swap, *pair) for pair in ((c, a), (d, b), (a, c), (b, d)))
+    empty, none = a >= b, c >= d
+    a, b = jnp.where(empty, 0, a), jnp.where(empty, 0, b)
+    joined = ~none & ~empty & (c <= b)
+    b = jnp.where(joined, jnp.maximum(b, d), b)
+    gone = none | joined
+    return a, b, jnp.where(gone, 0, c), jnp.where(gone, 0, d)
+
+
+class _Spans:
+    """Intervals of keys for each query; a query sees what any of them holds."""
+
+    def __init__(self, *spans: tuple[Any, Any]) -> None:
+        self.spans = spans
+
+    def __and__(self, other: _Spans) -> _Spans:
+        pairs = [(a, b) for a in self.spans for b in other.spans]
+        return _Spans(*[(jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])) for a, b in pairs])
+
+    def __or__(self, other: _Spans) -> _Spans:
+        return _Spans(*self.spans, *other.spans)
+
+
+_NUMBERED = ("causal", "window", "prefix", "chunked")
+
+
+class _RowPatterns:
+    """The patterns of `tilewise.base.masks` without arrays as intervals of keys.
+
+    i, N and Nk are, of each query, its place in its sequence, and the queries and keys of that.
+    """
+
+    def __init__(self, i: Array, N: Array, Nk: Array) -> None:
+        self.i, self.N, self.Nk = i, N, Nk
+
+    def _position(self, align: str) -> Array:
+        return self.i + (self.Nk - self.N if align == "bottom_right" else 0)
+
+    def causal(self, *, align: str = "bottom_right") -> _Spans:
+        return self.window(None, 0, align=align)
+
+    def window(self, left: int | None, right: int | None, *, align: str = "bottom_right") -> _Spans:
+        position = self._position(align)
+        first = 0 * position if left is None else position - left
+        return _Spans((first, self.Nk if right is None else position + right + 1))
+
+    def prefix(self, n: int) -> _Spans:
+        return _Spans((0 * self.i, jnp.minimum(n, self.Nk)))
+
+    def chunked(self, size: int, *, align: str = "bottom_right") -> _Spans:
+        first = self._position(align) // size * size
+        return _Spans((first, first + size))
 
 
 def class_targets(targets: Array, classes: int, ignore_index: int) -> tuple[Array, Array]:

@@ -25,17 +25,17 @@ from tilewise.base.errors import unsupported, value_error
 from tilewise.base.masks import PackedBits, RowIntervals
 from tilewise.dispatch import DEVICE, TABLE, device_implementation, evaluate_by
 from tilewise.ops.attention.spec import PACKED
+from tilewise.ops.attention.spec.sequences import Sequences
 from tilewise.shared.recording import Recorded, Recording
 from tilewise.shared.stand_ins import Stage, adapted
 
-from .device_inputs import class_targets, mask_parts
+from .device_inputs import boundaries, class_targets, mask_parts, packed_rows
 from .execution import HANDLER, HOW, LAUNCHER, Function
 
 ARCHITECTURE: Final = "TILEWISE_CUDA_ARCH"
 """The variable that names what programs are compiled for, such as sm_90."""
 
-SERVED: Final = "triton"
-"""The implementation that programs for CUDA run."""
+_SERVED = "triton"
 
 Arrays = Sequence[Any]
 Encode = Callable[[Recording, Sequence[Recorded], Mapping[str, Recorded]], Any]
@@ -131,13 +131,16 @@ class _Call:
         self.stage = Stage(_stand_in_dtype, self._new)
         self.wrong: Any = None
         self.lowered: list[Recorded] = []
-        arguments = self._with_classes(self._without_masks(arguments))
+        if function.parsed.get("layout") == PACKED:
+            arguments = self._with_boundaries(arguments)
+        else:
+            arguments = self._with_classes(self._without_masks(arguments))
         self.tensors = [None if a is None else self._tensor(a) for a in arguments]
 
     def run(self) -> list[Any]:
         """Return the results."""
         found = self._launched()
-        tensors = self._apart([self.stage.tensor(a) for a in found])
+        tensors = self.recording.apart([self.stage.tensor(a) for a in found])
         program = self.encode(self.recording, tensors, self._words())
         operands = [
             jnp.asarray(b.constant) if b.constant is not None else self.arrays[id(b)]
@@ -166,7 +169,7 @@ class _Call:
 
         function, stage = self.function, self.stage
         operator = replace(function.operator, prepare=self._prepared)
-        own = device_implementation(operator.name, SERVED)
+        own = device_implementation(operator.name, _SERVED)
         if getattr(own, function.kind) is None:
             reason = "forward mode over forward mode is not provided for CUDA"
             raise unsupported(operator.name, f"implementation {own.name!r}: {reason}")
@@ -185,17 +188,56 @@ class _Call:
         return {**self.function.parsed, "mask": None} if self.lowered else self.function.parsed
 
     def _prepared(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """Validate a call, and put the lowered mask of arrays into it."""
-        call = self.function.operator.prepare(inputs, options)
+        """Validate a call, and put what was lowered on the device into it."""
+        operator, stage = self.function.operator, self.stage
+        more: dict[str, Any] = {}
+        if options.get("layout") == PACKED:
+            at = operator.inputs.index("q_starts")
+            given: list[Any] = list(inputs)
+            starts = [t for t in self._inputs()[at : at + 2] if t is not None]
+            wide: list[Any] = [stage.stand_in(t.to(np.int64)) for t in starts]
+            more["sequences"] = Sequences(wide[0], wide[-1])
+            # Any boundaries that fit the sizes will do, for those that count are read later.
+            for place, array in ((at, given[0]), (at + 1, given[1])):
+                if given[place] is not None:
+                    given[place] = np.full(given[place].shape, array.shape[1])
+                    given[place][0] = 0
+            inputs = given
+        call = operator.prepare(inputs, options)
         if self.lowered:
             kind = RowIntervals if len(self.lowered) == 1 else PackedBits
-            parts: list[Any] = [self.stage.stand_in(t) for t in self.lowered]
-            return replace(call, mask=kind(*parts))
+            parts: list[Any] = [stage.stand_in(t) for t in self.lowered]
+            return replace(call, mask=kind(*parts), **more)
         mask = getattr(call, "mask", None)
         if isinstance(mask, RowIntervals | PackedBits):
             for array in vars(mask).values():
-                self.stage.place(array, self.recording.constant(array), max(array.nbytes, 1))
-        return call
+                stage.place(array, self.recording.constant(array), max(array.nbytes, 1))
+        return replace(call, **more) if more else call
+
+    def _inputs(self) -> list[Recorded | None]:
+        """Return the tensors of the operator's inputs."""
+        first = self.function.first
+        return self.tensors[first : first + len(self.function.operator.inputs)]
+
+    def _with_boundaries(self, arguments: list[Any]) -> list[Any]:
+        """Put safe boundaries of packed sequences into the arguments, and lower their mask."""
+        function, arguments = self.function, list(arguments)
+        names, first = function.operator.inputs, function.first
+        q, k = arguments[first : first + 2]
+        bias = arguments[first + names.index("bias")]
+        if bias is not None and bias.shape[-1] != 1:
+            reason = "takes no bias with a column for each key of packed sequences"
+            raise unsupported(function.name, f"a program for CUDA {reason}")
+        at = first + names.index("q_starts")
+        for place, total in ((at, q.shape[1]), (at + 1, k.shape[1])):
+            if arguments[place] is not None:
+                arguments[place] = boundaries(arguments[place], total)
+        starts = [a for a in arguments[at : at + 2] if a is not None]
+        text = function.parsed["mask"]
+        if text is not None:
+            rows = packed_rows(text, starts[0], starts[-1], q.shape[1], function.name)
+            self.lowered = [self._tensor(rows)]
+        return arguments
 
     def _without_masks(self, arguments: list[Any]) -> list[Any]:
         """Lower a mask of arrays; return the arguments without them."""
@@ -249,18 +291,6 @@ class _Call:
         self.arrays[id(tensor.buffer)] = array
         return tensor
 
-    def _apart(self, tensors: list[Recorded]) -> list[Recorded]:
-        """Return results each of which is the whole of a buffer of its own."""
-        found: list[Recorded] = []
-        taken: set[int] = set()
-        for tensor in tensors:
-            own = self.recording.own(tensor)
-            if id(own.buffer) in taken:
-                own = self.recording.copy(own, own.dtype)
-            taken.add(id(own.buffer))
-            found.append(own)
-        return found
-
     def _new(self, array: NDArray[Any]) -> Recorded:
         if array.size:
             raise RuntimeError(f"{self.function.text}: a stand-in of {array.dtype} was copied")
@@ -269,18 +299,15 @@ class _Call:
 
 def _check(function: Function) -> None:
     """Raise where a function has no kernels, or programs cannot launch them."""
-    options, name = function.parsed, function.parsed.get("implementation")
-    if name not in (None, SERVED):
+    name = function.parsed.get("implementation")
+    if name not in (None, _SERVED):
         if name in TABLE[function.name] and name not in DEVICE:
             reason = "computes on the CPU, and the program is for CUDA"
         else:
             reason = "is not provided through JAX"
         raise unsupported(function.name, f"implementation {name!r}: {reason}")
-    if SERVED not in TABLE[function.name]:
+    if _SERVED not in TABLE[function.name]:
         raise unsupported(function.name, "there are no kernels for CUDA yet")
-    if options.get("layout") == PACKED:
-        reason = "takes no packed sequences through JAX yet: their boundaries are read on the host"
-        raise unsupported(function.name, f"implementation {SERVED!r}: {reason}")
     if not HANDLER:
         raise unsupported(function.name, f"programs for CUDA need the XLA handler, not {HOW}")
 
@@ -288,16 +315,16 @@ def _check(function: Function) -> None:
 def _check_sizes(function: Function, arrays: Arrays) -> None:
     if not all([isinstance(n, int) for a in arrays for n in a.shape]):
         reason = "sizes must be known where a program is lowered for CUDA"
-        raise unsupported(function.name, f"implementation {SERVED!r}: {reason}")
+        raise unsupported(function.name, f"implementation {_SERVED!r}: {reason}")
 
 
 def _encoder(operator: str, number: int) -> Encode:
     """Return what compiles recordings for an architecture."""
-    prefix = f"implementation {SERVED!r}: "
+    prefix = f"implementation {_SERVED!r}: "
     if find_spec("triton") is None:
         reason = "needs the package triton, which is not installed, to lower for CUDA"
         raise unsupported(operator, prefix + reason)
-    if device_implementation(operator, SERVED).interprets:
+    if device_implementation(operator, _SERVED).interprets:
         reason = "kernels are interpreted in this process; unset TRITON_INTERPRET"
         raise unsupported(operator, prefix + reason)
     from tilewise.shared.triton_programs import compiler, encoded

@@ -122,8 +122,8 @@ def linear_cross_entropy(
 
     Everything is as in `tilewise.numpy.linear_cross_entropy`. The loss, `lse` and the entropy are
     differentiable with respect to hidden, weight and bias under every transformation of JAX, and
-    one over another up to the second order, but for forward mode over forward mode. Nothing of size
-    tokens x V is saved.
+    one over another up to the second order. Nothing of size tokens x V is saved; forward mode over
+    forward mode alone computes such an array, by the reference implementation.
 
     With `reduction="mean"` or `"sum"`, `jax.grad`, `value_and_grad` and `vjp` compute the gradients
     in the forward pass, for that costs three matrix products in place of four. float16,
@@ -161,7 +161,7 @@ def linear_cross_entropy(
         TypeError: An argument has a wrong kind or dtype.
         ValueError: An argument has a wrong shape or value.
         Unsupported: Targets are class probabilities, the implementation does not serve the call, or
-            a third derivative is asked for, or forward mode over forward mode.
+            a third derivative is asked for.
         JaxRuntimeError: When it runs: a target is out of range, or class_weight is not finite.
 
     Accuracy:

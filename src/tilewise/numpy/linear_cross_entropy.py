@@ -13,6 +13,7 @@ from tilewise.dispatch import choose
 from tilewise.ops.linear_cross_entropy.spec import (
     ALL_NEEDED,
     NAME,
+    CotangentCall,
     LossGrads,
     LossOutputs,
     LossStats,
@@ -217,8 +218,9 @@ def linear_cross_entropy(
         ignored=more,
         gradients=ALL_NEEDED if return_grads else None,
     )
-    found: LossOutputs = choose(NAME, call, implementation).forward(call, want)
-    loss = problem.loss_back(call.reduce(found.loss))
+    chosen = choose(NAME, call, implementation)
+    found: LossOutputs = chosen.forward(call, want)
+    loss = problem.loss_back(found.loss if chosen.reduces else call.reduce(found.loss))
     if not (more or return_z_loss or return_grads):
         return loss
     lse = found.stats.m + found.stats.log_l
@@ -276,7 +278,7 @@ def linear_cross_entropy_vjp(
     """
     entropy = dentropy is not None
     at = _prepared("vjp", hidden, weight, targets, stats, options, entropy=entropy)
-    given = prepare_vjp(at.problem, at.stats, dloss, dlse, dentropy, at.entropy)
+    given = at.cotangents(dloss, dlse, dentropy)
     return at.problem.grads_back(at.function(at.problem.call, given))
 
 
@@ -322,7 +324,7 @@ def linear_cross_entropy_jvp(
     given = prepare_jvp(problem, at.stats, thidden, tweight, tbias, at.entropy)
     tloss, tlse, tentropy = at.function(problem.call, given)
     return LossTangents(
-        problem.loss_back(problem.call.reduce(tloss)),
+        problem.loss_back(tloss if at.reduces else problem.call.reduce(tloss)),
         problem.back(tlse),
         None if tentropy is None else problem.back(tentropy),
     )
@@ -379,9 +381,9 @@ def linear_cross_entropy_vjp_jvp(
     at = _prepared("vjp_jvp", hidden, weight, targets, stats, options, entropy=entropy)
     problem = at.problem
     second = SecondCall(
-        prepare_vjp(problem, at.stats, dloss, dlse, dentropy, at.entropy),
+        at.cotangents(dloss, dlse, dentropy),
         prepare_jvp(problem, at.stats, thidden, tweight, tbias, at.entropy),
-        problem.of_loss("tdloss", tdloss),
+        problem.of_loss("tdloss", tdloss, spread=not at.reduces),
         problem.of_tokens("tdlse", tdlse),
         problem.of_tokens("tdentropy", tdentropy),
     )
@@ -395,6 +397,12 @@ class _Prepared(NamedTuple):
     stats: LossStats
     entropy: Array | None
     function: Callable[..., Any]
+    reduces: bool
+
+    def cotangents(self, dloss: object, dlse: object, dentropy: object) -> CotangentCall:
+        """Return the cotangents as the function takes them."""
+        given = dloss, dlse, dentropy, self.entropy
+        return prepare_vjp(self.problem, self.stats, *given, spread=not self.reduces)
 
 
 def _prepared(
@@ -417,6 +425,5 @@ def _prepared(
     if saved is None or entropy:
         found = chosen.forward(problem.call, Want(entropy=entropy))
         saved = saved or found.stats
-    return _Prepared(
-        problem, saved, None if found is None else found.entropy, getattr(chosen, kind)
-    )
+    entropies = None if found is None else found.entropy
+    return _Prepared(problem, saved, entropies, getattr(chosen, kind), chosen.reduces)

@@ -91,10 +91,16 @@ class Recording:
         """Take down a launch."""
         self.launches.append(Launch(kernel, plan, dict(arguments)))
 
-    def own(self, tensor: Recorded) -> Recorded:
-        """Return a tensor as the whole of memory that is no argument, copied where it is not."""
-        whole = tensor.numel() == tensor.buffer.entries and tensor.is_contiguous()
-        return tensor if whole and not tensor.buffer.given else self.copy(tensor, tensor.dtype)
+    def apart(self, tensors: Sequence[Recorded]) -> list[Recorded]:
+        """Return tensors that each are all of a memory of its own, copied where they are not."""
+        found: list[Recorded] = []
+        taken: set[int] = set()
+        for tensor in tensors:
+            whole = tensor.numel() == tensor.buffer.entries and tensor.is_contiguous()
+            own = whole and not tensor.buffer.given and id(tensor.buffer) not in taken
+            found.append(tensor if own else self.copy(tensor, tensor.dtype))
+            taken.add(id(found[-1].buffer))
+        return found
 
     def copy(self, tensor: Recorded, dtype: DType) -> Recorded:
         """Return a contiguous copy in a dtype."""
@@ -160,6 +166,10 @@ class Recorded:
     def ndim(self) -> int:
         """Return how many dimensions there are."""
         return len(self.shape)
+
+    def __len__(self) -> int:
+        """Return the first size."""
+        return self.shape[0]
 
     def stride(self, dim: int | None = None) -> Any:
         """Return the strides in entries, or that of one dimension."""

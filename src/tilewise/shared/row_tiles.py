@@ -40,22 +40,31 @@ class RowTiles:
         return LaunchPlan(grid, {"BLOCK_R": self.block_r, "BLOCK_C": self.block_c}, self.num_warps)
 
 
-def row_tiles(C: int, I: int, *, entries: int) -> RowTiles:
+def row_tiles(C: int, I: int, *, entries: int, itemsize: int) -> RowTiles:
     """Return the tiles for rows of C entries.
 
     Args:
         C: Entries of a row.
         I: Rows that lie side by side behind the row's axis.
-        entries: Entries of a tile at most, a power of two from 1024 on.
+        entries: Entries of 4 bytes of a tile at most, a power of two from 2048 on.
+        itemsize: Bytes of an entry.
     """
+    # Of 8 bytes a thread has half as many, for each takes two registers.
+    halved = 2 if itemsize == 8 else 1
+    entries //= halved
     inner = I >= 16
     block_r = 32 if inner else 1
     block_c = min(power_of_two(C), entries // block_r)
     if not inner:
         # Short rows share a program, so that each thread has some entries.
         block_r = max(1, 1024 // block_c)
-    warps = min(16, max(1, block_r * block_c // 512))
+    warps = min(16, max(1, block_r * block_c * halved // 512))
     return RowTiles(inner, block_r, block_c, max(1, -(-C // block_c)), warps)
+
+
+def side_by_side(x: Tensor) -> int:
+    """Return how many rows of `(A, C, I)` lie side by side: I, or 1 where a row's entries do."""
+    return int(x.shape[2]) if x.stride(2) <= x.stride(1) else 1
 
 
 def power_of_two(n: int) -> int:
@@ -102,6 +111,20 @@ def wide_like(x: Tensor) -> Tensor:
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return small tensors in C order; None stays None."""
     return tuple([None if t is None else t.contiguous() for t in tensors])
+
+
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64"}
+"""What Triton calls pointers to numbers of a dtype."""
+
+
+def sums_of(dtype: str) -> str:
+    """Return the Triton type of pointers to what belongs to rows of a dtype."""
+    return POINTERS["float64" if dtype == "float64" else "float32"]
+
+
+def itemsize_of(dtype: str) -> int:
+    """Return the bytes of a number of a dtype."""
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
 def compilation(

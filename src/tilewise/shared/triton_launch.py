@@ -70,7 +70,7 @@ def launch(kernel: Any, plan: LaunchPlan, arguments: Mapping[str, Any]) -> None:
         recorder.launch(kernel, plan, given)
         return
     with _unwarned() if INTERPRETS else nullcontext():
-        kernel[plan.grid](**given, num_warps=plan.num_warps, num_stages=plan.num_stages)
+        kernel[plan.grid](**given, **plan.options)
 
 
 @contextmanager

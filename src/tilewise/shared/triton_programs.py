@@ -172,15 +172,15 @@ def compiler(number: int) -> Callable[[Launch, Specialised], Binary]:
     """Return what compiles kernels for the NVIDIA architecture of a number."""
 
     def compiled(launch: Launch, special: Specialised) -> Binary:
-        plan = launch.plan
-        return _compiled(launch.kernel, special, plan.num_warps, plan.num_stages, number)
+        options = tuple(launch.plan.options.items())
+        return _compiled(launch.kernel, special, options, number)
 
     return compiled
 
 
 @cache
 def _compiled(
-    kernel: Any, special: Specialised, num_warps: int, num_stages: int, number: int
+    kernel: Any, special: Specialised, options: tuple[tuple[str, int], ...], number: int
 ) -> Binary:
     made = compiled_by_triton(
         kernel,
@@ -188,7 +188,7 @@ def _compiled(
         dict(special.constants),
         {place: [list(pair) for pair in pairs] for place, pairs in special.attributes},
         triton.backends.compiler.GPUTarget("cuda", number, 32),
-        {"num_warps": num_warps, "num_stages": num_stages},
+        dict(options),
     )
     about = made.metadata
     if about.global_scratch_size or about.profile_scratch_size or about.num_ctas != 1:

@@ -198,8 +198,7 @@ def attention(
         more = return_lse or return_max_logit or return_entropy
         return AttentionResult(*found) if more else found[0]
     refuse_without_cache(sequences, lengths)
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v, bias = autocast(q, k, v, bias)
+    q, k, v, bias = autocast(q, k, v, bias)
     check_tensors(NAME, q, k, v, bias, sinks, alibi_slopes, layout)
     if softcap is not None:
         softcap = SOFTCAP.check(NAME, softcap)

@@ -151,12 +151,15 @@ def is_traced() -> bool:
     return bool(torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0)
 
 
-def is_plain(*given: Any) -> bool:
-    """Return whether the memory of tensors can be read and written here and now."""
+def is_plain(*given: Any, anywhere: bool = False) -> bool:
+    """Return whether the memory of tensors can be read and written here and now.
+
+    With `anywhere` it may be that of a GPU.
+    """
     if is_traced():
         return False
     tensors = [t for t in given if isinstance(t, torch.Tensor)]
-    return all([type(t) in _PLAIN and t.is_cpu and not t.is_neg() for t in tensors])
+    return all([type(t) in _PLAIN and (t.is_cpu or anywhere) and not t.is_neg() for t in tensors])
 
 
 def _bound(run: Callable[..., Tensors], kernel: Kernel) -> Callable[..., Any]:

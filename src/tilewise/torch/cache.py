@@ -20,7 +20,7 @@ from tilewise.ops.attention.record import FLAT
 from tilewise.ops.attention.spec import NAME, Want, laid_out
 
 from .autodiff import is_traced
-from .checks import autocast, shown
+from .checks import autocast, autocast_dtype, shown
 from .gpu import Stage, adapted, implementation_for, readable
 
 _NAMES = {
@@ -94,9 +94,10 @@ def cached_attention(
     Raises:
         TypeError: Autocast casts q to another dtype than that of the cache.
     """
-    if torch.is_autocast_enabled("cpu"):
+    cast = autocast_dtype(q)
+    if cast is not None:
         q, k, v, options["bias"] = autocast(q, k, v, options.get("bias"))
-        _check_autocast(cache, q)
+        _check_autocast(cache, q, cast)
     mask = options.get("mask")
     if isinstance(mask, Tensor):
         options["mask"] = mask.detach().cpu().numpy()
@@ -150,9 +151,8 @@ def _by_kernels_of_a_device(
     return tuple(results)
 
 
-def _check_autocast(cache: object, q: object) -> None:
+def _check_autocast(cache: object, q: object, cast: torch.dtype) -> None:
     """Check that the keys of a cache have the dtype to which autocast has cast q."""
-    cast = torch.get_autocast_dtype("cpu")
     was_cast = isinstance(q, Tensor) and q.dtype is cast
     if was_cast and isinstance(cache, KVCache) and cache.dtype != shown(cast):
         requirement = f"have dtype {shown(cast)} (from autocast; or leave that for the call)"

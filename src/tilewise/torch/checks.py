@@ -21,12 +21,30 @@ _TENSORS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
 _REQUIRED = ("q", "k", "v")
 
 
+def autocast_dtype(first: Any) -> torch.dtype | None:
+    """Return the dtype to which autocast casts where a tensor is; None where it is off."""
+    device = first.device.type if isinstance(first, Tensor) else "meta"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast as autocast does for torch.nn.functional.scaled_dot_product_attention."""
-    dtype = torch.get_autocast_dtype("cpu")
-    casts = (*_NARROW, torch.float32)
+    """Cast as autocast does for torch.nn.functional's linear and scaled_dot_product_attention.
+
+    The device is that of the first tensor: others, and float64, stay as they are.
+    """
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    device, casts = tensors[0].device.type, (*_NARROW, torch.float32)
     return tuple(
-        [t.to(dtype) if isinstance(t, Tensor) and t.dtype in casts else t for t in tensors]
+        [
+            t.to(dtype)
+            if isinstance(t, Tensor) and t.dtype in casts and t.device.type == device
+            else t
+            for t in tensors
+        ]
     )
 
 

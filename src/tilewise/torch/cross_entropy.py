@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function
 
-from tilewise.base.dtypes import NARROW, bfloat16
-from tilewise.base.errors import type_error, unsupported, value_error
-from tilewise.dispatch import choose
+from tilewise.base.dtypes import NARROW
+from tilewise.base.errors import type_error, value_error
 from tilewise.ops.cross_entropy import record
 from tilewise.ops.cross_entropy.spec import (
     NAME,
-    Cotangents,
     Options,
-    Problem,
     check_class_axis,
     check_classes,
     check_options,
@@ -27,15 +20,15 @@ from tilewise.ops.cross_entropy.spec import (
 )
 from tilewise.shared.rows import Rows, known_rows_in_order, rows_in_order
 
-from .autodiff import _array, _tensor, forward, is_plain, is_traced, register
-from .checks import check_device, check_first, shown
+from .autodiff import forward, is_traced, register
+from .checks import autocast_dtype, check_device, check_first, shown
+from .entropy_inplace import overwriting
 
 register(record.FLAT)
 
 Reduction = Literal["none", "sum", "mean"]
 
 _NARROW = tuple([getattr(torch, name) for name in NARROW])
-_INPLACE = "inplace_backward=True"
 
 
 class CrossEntropyResult(NamedTuple):
@@ -169,8 +162,8 @@ def cross_entropy(
     targets = _targets(targets, logits, axis)
     weight = None if weight is None else _weight(weight, logits, axis)
     if inplace_backward and (logits.requires_grad and torch.is_grad_enabled()):
-        _check_inplace(logits, targets, weight)
-        found = _Overwriting.apply(logits, targets, weight, axis, options, implementation)
+        text = _text(options, implementation)
+        found = overwriting(logits, targets, weight, axis, options, text)
     else:
         found = _outputs(logits, targets, weight, axis, options, implementation)
     loss, lse, z = found
@@ -222,6 +215,7 @@ def _targets(targets: Any, logits: Tensor, axis: int) -> Tensor:
         raise type_error(NAME, "targets", requirement, shown(targets.dtype))
     indices = not targets.is_floating_point()
     if not indices:
+        targets = _autocast(targets, logits)
         _check_dtype("targets", targets, logits)
     check_device(NAME, "targets", targets, logits, "logits")
     target_shapes(NAME, tuple(targets.shape), tuple(logits.shape), axis, indices=indices)
@@ -232,6 +226,7 @@ def _weight(weight: Any, logits: Tensor, axis: int) -> Tensor:
     """Return the class weights in the dtype of sums."""
     if not isinstance(weight, Tensor):
         raise type_error(NAME, "weight", "be a torch.Tensor", type(weight).__name__)
+    weight = _autocast(weight, logits)
     _check_dtype("weight", weight, logits)
     check_device(NAME, "weight", weight, logits, "logits")
     if tuple(weight.shape) != (logits.shape[axis],):
@@ -241,6 +236,17 @@ def _weight(weight: Any, logits: Tensor, axis: int) -> Tensor:
         requirement = "be without requires_grad, for it has no gradient (pass it detached)"
         raise value_error(NAME, "weight", requirement, "requires_grad=True")
     return weight.to(_wide(logits))
+
+
+def _autocast(tensor: Tensor, logits: Tensor) -> Tensor:
+    """Cast as autocast does for torch.nn.functional.cross_entropy: what has 16 bits to float32.
+
+    The logits keep theirs, for their loss is that of float32 anyhow.
+    """
+    mixed = tensor.dtype in _NARROW and tensor.dtype is not logits.dtype
+    if not mixed or logits.dtype is torch.float64 or autocast_dtype(logits) is None:
+        return tensor
+    return tensor.float()
 
 
 def _wide(logits: Tensor) -> torch.dtype:
@@ -253,71 +259,3 @@ def _check_dtype(argument: str, tensor: Tensor, logits: Tensor) -> None:
         more = "" if wide is logits.dtype else " or float32"
         requirement = f"have dtype {shown(logits.dtype)} (from logits){more}"
         raise type_error(NAME, argument, requirement, shown(tensor.dtype))
-
-
-def _check_inplace(logits: Tensor, *others: Tensor | None) -> None:
-    if logits.is_leaf:
-        requirement = "be False where the logits are a leaf, for it would overwrite them"
-        raise value_error(NAME, "inplace_backward", requirement, "True")
-    if logits.is_cuda:
-        raise unsupported(NAME, f"{_INPLACE} is not served on a GPU")
-    if _are_functorch_transforms_active() or not is_plain(logits, *others):
-        raise unsupported(NAME, f"{_INPLACE} is not served under transforms and tracing")
-
-
-class _Overwriting(Function):  # type: ignore[misc]
-    """The loss whose backward writes the gradient of the logits over them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        weight: Tensor | None,
-        axis: int,
-        options: Options,
-        implementation: str | None,
-    ) -> tuple[Tensor, ...]:
-        """Compute loss, lse and z_loss."""
-        dtype = bfloat16(NAME) if logits.dtype is torch.bfloat16 else np.dtype(np.float32)
-        x, y = _array(logits, dtype), _array(targets, dtype)
-        w = None if weight is None else _array(weight, dtype)
-        problem = Problem(NAME, x, y, w, axis, options.__dict__)
-        problem.out(problem.logits)
-        ctx.chosen = choose(NAME, problem.call, implementation, "vjp")
-        loss, lse, z, ctx.stats = record.forward(ctx.chosen, problem.call)
-        ctx.problem = problem
-        # so that autograd sees where they were changed between the passes
-        ctx.save_for_backward(logits, targets, weight)
-        ctx.set_materialize_grads(False)
-        if options.reduction == "none":
-            loss, z = problem.rows.rows_back(loss), problem.rows.rows_back(z)
-        return tuple([torch.from_numpy(x) for x in (loss, problem.rows.rows_back(lse), z)])
-
-    @staticmethod
-    def backward(ctx: Any, *g: Tensor | None) -> tuple[Any, ...]:
-        """Write the gradient of the logits over them."""
-        if torch.is_grad_enabled():
-            raise unsupported(NAME, f"there are no second derivatives with {_INPLACE}")
-        if any([t is not None and is_legacy_batchedtensor(t) for t in g]):
-            raise unsupported(NAME, f"there are no batched gradients with {_INPLACE}")
-        logits, *_ = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        cotangents = [None if t is None else t.numpy(force=True) for t in g]
-        if problem.call.options.reduction == "none":
-            of_rows = problem.rows.of_rows
-            given = Cotangents(*[None if c is None else of_rows(c) for c in cotangents])
-        else:
-            loss, lse, z = cotangents
-            given = Cotangents(loss, None if lse is None else problem.rows.of_rows(lse), z)
-        found = record.vjp_into(ctx.chosen, problem, given, ctx.stats, problem.logits)
-        torch.autograd.graph.increment_version(logits)
-        dtargets = None
-        if found.dtargets is not None and ctx.needs_input_grad[1]:
-            dtargets = _tensor(problem.rows.back(found.dtargets))
-        return logits.detach(), dtargets, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:
-        """Refuse: a forward mode would read what the backward overwrites."""
-        raise unsupported(NAME, f"there is no forward mode with {_INPLACE}")

@@ -8,7 +8,7 @@ kernels get is the validated call with the tensors in their places.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -64,19 +64,31 @@ def run(
     """
     first = tensors[operator.first[kind]]
     name = implementation_for(operator, options["implementation"], first)
-    given = [None if t is None else readable(t) for t in tensors]
-    if operator.orders:
-        given = [None if t is None else t.contiguous() for t in given]
+    given = [None if t is None else readable(t, operator) for t in tensors]
     one = partial(_run_one, operator, kind, name, options, needed)
     extra = first.ndim - operator.rank
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    with device_of(first):
         if extra == 0:
             return one(given)
         leading, stage = first.shape[:extra], Stage(first.device)
         if operator.folds(kind, [stage.stand_in(t) for t in given], options) and 0 not in leading:
             merged = [None if t is None else t.reshape(-1, *t.shape[extra + 1 :]) for t in given]
             return tuple([None if r is None else _unfolded(r, leading) for r in one(merged)])
-        return _each(one, given, leading)
+        return _each(operator, one, given, leading)
+
+
+def serving(operator: FlatOperator, implementation: str | None, first: Any) -> Implementation:
+    """Return the implementation on tensors that serves calls with such a first input.
+
+    Raises:
+        Unsupported: There is none, or the one that is named computes elsewhere.
+    """
+    return device_implementation(operator.name, implementation_for(operator, implementation, first))
+
+
+def device_of(tensor: Any) -> AbstractContextManager[Any]:
+    """Make the GPU of a tensor the one on which kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def adapted(
@@ -184,13 +196,18 @@ def _with_lowered(
     return replace(operator, prepare=prepare), {**options, "mask": None}, rest
 
 
-def _each(one: Callable[..., Tensors], tensors: Sequence[Any], leading: Sequence[int]) -> Tensors:
+def _each(
+    operator: FlatOperator,
+    one: Callable[..., Tensors],
+    tensors: Sequence[Any],
+    leading: Sequence[int],
+) -> Tensors:
     """Run a function once for each index of the leading dimensions."""
     if 0 in leading:
         zeros = [None if t is None else t.new_zeros(t.shape[len(leading) :]) for t in tensors]
         return tuple([None if r is None else r.new_empty((*leading, *r.shape)) for r in one(zeros)])
     every = [
-        one([None if t is None else readable(t[index]) for t in tensors])
+        one([None if t is None else readable(t[index], operator) for t in tensors])
         for index in product(*map(range, leading))
     ]
     parts = zip(*every, strict=True)
@@ -222,10 +239,16 @@ def implementation_for(operator: FlatOperator, implementation: str | None, first
     return implementation
 
 
-def readable(tensor: Any) -> Any:
-    """Return a tensor whose numbers are in its memory as they are, each row contiguous."""
+def readable(tensor: Any, operator: FlatOperator | None = None) -> Any:
+    """Return a tensor whose numbers are in its memory as they are, in strides that kernels take.
+
+    Those of an operator that is not `strided`, or of none, take rows whose entries are contiguous.
+    """
     tensor = tensor.detach().resolve_neg()
-    if tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
+    if operator is not None and operator.orders:
+        return tensor.contiguous()
+    strided = operator is not None and operator.strided
+    if strided or tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] < 2:
         return tensor
     return tensor.contiguous()
 

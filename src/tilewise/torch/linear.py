@@ -10,14 +10,13 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import Function, forward_ad
 
-from tilewise.base.dtypes import FLOATS, NARROW, listed
+from tilewise.base.dtypes import FLOATS, listed
 from tilewise.base.errors import type_error, unsupported, value_error
 from tilewise.ops.linear.spec import NAME, accumulator_dtypes, check_sizes
 
-from .checks import check_accumulator, shown
+from .checks import autocast, check_accumulator, shown
 
 _DTYPES = tuple([getattr(torch, name) for name in FLOATS])
-_CASTS = (*[getattr(torch, name) for name in NARROW], torch.float32)
 
 # Entries of the columns of dy that are widened at a time, where the accumulator is wider.
 _WIDENED = 1 << 22
@@ -58,7 +57,7 @@ def linear(
     Accuracy:
         `tilewise.ops.linear.spec.error_bound`, which does not depend on the order of sums.
     """
-    x, w, bias = _autocast(x, w, bias)
+    x, w, bias = autocast(x, w, bias)
     _check(x, w, bias)
     if grad_accumulator is not None:
         return _accumulating(x, w, bias, grad_accumulator)
@@ -172,17 +171,6 @@ def _flat(t: Tensor) -> Tensor:
     """Return a tensor with all but its last dimension as one."""
     # Not by flatten, which has no rule for the batches of is_grads_batched.
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast as autocast does for torch.nn.functional.linear."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CASTS else t for t in tensors]
-    )
 
 
 def _check(x: Any, w: Any, bias: Any) -> None:

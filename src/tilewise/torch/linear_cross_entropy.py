@@ -181,8 +181,7 @@ def linear_cross_entropy(
     Source:
         As for `tilewise.numpy.linear_cross_entropy`.
     """
-    if torch.is_autocast_enabled("cpu"):
-        hidden, weight, bias = autocast(hidden, weight, bias)
+    hidden, weight, bias = autocast(hidden, weight, bias)
     check(hidden, weight, bias, targets, class_weight)
     lead = hidden.shape[:-1]
     shift = check_shift(shift, len(lead))

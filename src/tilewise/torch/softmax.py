@@ -30,7 +30,7 @@ from tilewise.ops.softmax.spec import (
 )
 
 from .autodiff import _array, forward, is_plain, is_traced, register
-from .checks import check_device, check_first, shown
+from .checks import autocast_dtype, check_device, check_first, shown
 
 for _operator in FLAT.values():
     register(_operator)
@@ -117,7 +117,8 @@ def softmax(
 
     Args:
         x: Any shape; float64, float32, bfloat16 or float16. Sums are float32 for the latter two,
-            and bfloat16 needs the package ml_dtypes.
+            and bfloat16 needs the package ml_dtypes. Under the autocast of a GPU, and without out,
+            16 bits become float32 first.
         dim: The dimension or dimensions of a row; None is all.
         temperature: From 1e-15 to 1e15. x is divided by it.
         where: Boolean tensor or array that broadcasts to the shape of x. True where an entry is
@@ -301,6 +302,8 @@ def _call(
 ) -> tuple[Tensor, Tensor | None]:
     """Return y or log_y, and lse where it is wanted."""
     check_first(name, "x", x)
+    if out is None:
+        x, sink = _autocast(x, sink)
     rows = _rows(name, x, dim)
     if out is not None:
         _check_out(name, out, x, sink)
@@ -313,6 +316,15 @@ def _call(
     if out is not None:
         y = out.copy_(y)
     return y, lse.reshape(rows.row_shape) if return_lse else None
+
+
+def _autocast(x: Tensor, sink: Any) -> tuple[Tensor, Any]:
+    """Cast as autocast does for torch.softmax: 16 bits to float32 on a GPU, nothing on the CPU."""
+    if not x.is_cuda or autocast_dtype(x) is None:
+        return x, sink
+    if isinstance(sink, Tensor) and sink.dtype in _NARROW:
+        sink = sink.float()
+    return x.float() if x.dtype in _NARROW else x, sink
 
 
 def _outputs(

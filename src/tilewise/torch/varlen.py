@@ -129,8 +129,7 @@ def attention_varlen(
     Source:
         As for `tilewise.numpy.attention`.
     """
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v, bias = autocast(q, k, v, bias)
+    q, k, v, bias = autocast(q, k, v, bias)
     check_tensors(PACKED_NAME, q, k, v, bias, sinks, alibi_slopes, PACKED, (PACKED,))
     for name, tensor in (("k", k), ("v", v)):
         if tensor.ndim != 3:

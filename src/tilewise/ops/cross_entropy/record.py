@@ -22,6 +22,7 @@ from .spec import (
     EntropyOutputs,
     EntropyStats,
     EntropyTangents,
+    ForwardSecondCall,
     Needed,
     Options,
     Problem,
@@ -171,6 +172,24 @@ def _vjp_jvp(
     return tuple(vjp_jvp(chosen, call, second, EntropyStats(*residuals), Needed(*needed)))
 
 
+def _jvp_jvp(
+    chosen: Implementation,
+    call: EntropyCall,
+    needed: Sequence[bool],
+    seconds: Sequence[Any],
+    others: Sequence[Any],
+    tangents: Sequence[Any],
+    output_tangents: Arrays,
+    other_output_tangents: Arrays,
+    outputs: Arrays,
+    residuals: Sequence[Any],
+) -> Arrays:
+    assert chosen.jvp_jvp is not None
+    second = ForwardSecondCall(Tangents(*tangents), Tangents(*others), Tangents(*seconds))
+    found: EntropyTangents = chosen.jvp_jvp(call, second, EntropyStats(*residuals))
+    return tuple(found if chosen.reduces else reduced_tangents(call, found))
+
+
 FLAT = FlatOperator(
     name=NAME,
     inputs=("logits", "probabilities", "targets", "weight"),
@@ -188,7 +207,9 @@ FLAT = FlatOperator(
     vjp=_vjp,
     jvp=_jvp,
     vjp_jvp=_vjp_jvp,
+    jvp_jvp=_jvp_jvp,
     output_tangents=False,
     read_outputs=(),
     read_inputs=("targets",),
+    strided=True,
 )

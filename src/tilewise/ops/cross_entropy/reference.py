@@ -18,6 +18,7 @@ from .spec import (
     EntropyOutputs,
     EntropyStats,
     EntropyTangents,
+    ForwardSecondCall,
     Needed,
     SecondCall,
     Tangents,
@@ -58,6 +59,12 @@ def vjp(
 def jvp(call: EntropyCall, tangents: Tangents, stats: EntropyStats) -> EntropyTangents:
     """Compute the tangents of the results in float64 and round them."""
     moved = jvp64(call, tangents, stats)
+    return EntropyTangents(*[round_to(t, call.compute_dtype) for t in moved])
+
+
+def jvp_jvp(call: EntropyCall, second: ForwardSecondCall, stats: EntropyStats) -> EntropyTangents:
+    """Compute the tangents of the tangents in float64 and round them."""
+    moved = jvp_jvp64(call, second, stats)
     return EntropyTangents(*[round_to(t, call.compute_dtype) for t in moved])
 
 
@@ -102,7 +109,7 @@ def forward64(call: EntropyCall) -> Exact:
         lse = np.where(np.isposinf(m), np.inf, m + log_l)
         far = np.where(t == 0, 0.0, -t * gap).sum(axis=1)
         total = t.sum(axis=1)
-        z_loss = np.where(kept, _times(call.options.z_loss, lse**2), 0.0)
+        z_loss = np.where(kept, _times(call.options.z_loss, (m + log_l) ** 2), 0.0)
         loss = np.where(kept, total * log_l + far + z_loss, 0.0)
         return Exact(loss, lse, z_loss, m, log_l, total)
 
@@ -166,6 +173,34 @@ def vjp_jvp64(call: EntropyCall, second: SecondCall, stats: EntropyStats) -> Ent
         tds = tds - _scaled(tg, row.t) - _scaled(g, move.tt)
         moved = _kept(row.slope, tds) + _kept(row.bend * move.tz, ds)
         return EntropyGrads(moved, _of_targets(call, _scaled(tg, row.far) - _scaled(g, gap)))
+
+
+def jvp_jvp64(
+    call: EntropyCall, second: ForwardSecondCall, stats: EntropyStats
+) -> tuple[F64, F64, F64]:
+    """Compute the tangents of the tangents in float64, by differentiating `jvp64` once more.
+
+    With tangents tz and tq, others uz and uq, the seconds wz and wq by which tz and tq move, and
+    what `jvp64` names of each::
+
+        ws = f' wz + f'' tz uz    wlse = sum p (ws + ts us) - mu nu    nu = sum p us
+        wz_loss = 2 zeta (lse wlse + mu nu)
+        wloss = total wlse - sum t ws + wz_loss
+                + sum (wt (lse - s) + tt (nu - us) + ut (mu - ts))
+    """
+    with np.errstate(all="ignore"):
+        row = _row(call, stats)
+        given = second.tangents, second.others, second.seconds
+        t, u, w = (_moves(call, row, tangents) for tangents in given)
+        ws = w.ts + row.bend * t.tz * u.tz
+        spread = (row.p * (ws + t.ts * u.ts)).sum(axis=1) - t.mu * u.mu
+        wlse = np.where(row.alive, spread, 0.0)
+        z_part = _times(2 * call.options.z_loss, row.lse * wlse + t.mu * u.mu)
+        wz_loss = np.where(row.kept, z_part, 0.0)
+        of_t, of_u = (np.where(row.absent, 0.0, x.mu[:, None] - x.ts) for x in (t, u))
+        of_targets = (w.tt * row.far + t.tt * of_u + u.tt * of_t).sum(axis=1)
+        wloss = row.total * wlse - (row.t * ws).sum(axis=1) + of_targets + wz_loss
+        return np.where(row.kept, wloss, 0.0), wlse, wz_loss
 
 
 class _Row(NamedTuple):
@@ -291,4 +326,4 @@ def _rounded(call: EntropyCall, grads: EntropyGrads, needed: Needed) -> EntropyG
     return EntropyGrads(round_to(grads.dlogits, call.dtype) if needed.logits else None, of_targets)
 
 
-IMPLEMENTATION = Implementation("reference", forward, vjp, jvp, vjp_jvp)
+IMPLEMENTATION = Implementation("reference", forward, vjp, jvp, vjp_jvp, jvp_jvp=jvp_jvp)

@@ -15,6 +15,7 @@ from tilewise.base.operator import Arrays, FlatOperator, Implementation
 from .spec import (
     NAME,
     CotangentCall,
+    ForwardSecondCall,
     LossCall,
     LossGrads,
     LossOutputs,
@@ -142,6 +143,31 @@ def jvp(
     """Return tloss, tlse, tentropy."""
     assert chosen.jvp is not None
     moved: RowTangents = chosen.jvp(call, _tangents(chosen, call, tangents, outputs, residuals))
+    return _reduced(chosen, call, moved)
+
+
+def jvp_jvp(
+    chosen: Implementation,
+    call: FlatCall,
+    needed: Sequence[bool],
+    seconds: Sequence[Any],
+    others: Sequence[Any],
+    tangents: Sequence[Any],
+    output_tangents: Arrays,
+    other_output_tangents: Arrays,
+    outputs: Arrays,
+    residuals: Sequence[Any],
+) -> Arrays:
+    """Return the tangents of tloss, tlse, tentropy."""
+    assert chosen.jvp_jvp is not None
+    t, u, w = (
+        _tangents(chosen, call, given, outputs, residuals) for given in (tangents, others, seconds)
+    )
+    return _reduced(chosen, call, chosen.jvp_jvp(call, ForwardSecondCall(t, u, w)))
+
+
+def _reduced(chosen: Implementation, call: FlatCall, moved: RowTangents) -> Arrays:
+    """Return tangents of the results as the call reduces them, with nothing for what it lacks."""
     tlse = moved.tlse if call.lse else _nothing(call)
     tentropy = _nothing(call) if moved.tentropy is None else moved.tentropy
     tloss = moved.tloss if chosen.reduces else call.reduce(moved.tloss)
@@ -233,6 +259,7 @@ FLAT = FlatOperator(
     vjp=vjp,
     jvp=jvp,
     vjp_jvp=vjp_jvp,
+    jvp_jvp=jvp_jvp,
     output_tangents=False,
     read_outputs=("entropy",),
     dtypes={"argmax": "int64", **_GRADIENTS},

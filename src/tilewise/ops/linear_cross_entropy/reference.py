@@ -14,6 +14,7 @@ from tilewise.base.operator import Implementation
 from .spec import (
     ALL_NEEDED,
     CotangentCall,
+    ForwardSecondCall,
     LossCall,
     LossGrads,
     LossOutputs,
@@ -61,13 +62,12 @@ def vjp(call: LossCall, cotangents: CotangentCall, needed: Needed = ALL_NEEDED) 
 
 def jvp(call: LossCall, tangents: TangentCall) -> RowTangents:
     """Compute the tangents of the results in float64 and round them."""
-    tloss, tlse, tentropy = jvp64(call, tangents)
-    wide = call.compute_dtype
-    return RowTangents(
-        round_to(tloss, wide),
-        round_to(tlse, wide),
-        None if tangents.entropy is None else round_to(tentropy, wide),
-    )
+    return _rounded_tangents(call, tangents, jvp64(call, tangents))
+
+
+def jvp_jvp(call: LossCall, second: ForwardSecondCall) -> RowTangents:
+    """Compute the tangents of the tangents in float64 and round them."""
+    return _rounded_tangents(call, second.tangents, jvp_jvp64(call, second))
 
 
 def vjp_jvp(call: LossCall, second: SecondCall, needed: Needed = ALL_NEEDED) -> LossGrads:
@@ -186,6 +186,38 @@ def vjp_jvp64(call: LossCall, second: SecondCall) -> LossGrads:
         return LossGrads(tdhidden, tdweight, tdz.sum(axis=0))
 
 
+def jvp_jvp64(call: LossCall, second: ForwardSecondCall) -> tuple[F64, F64, F64]:
+    """Compute the tangents of the tangents in float64, by differentiating `jvp64` once more.
+
+    With tangents of all inputs, others marked u along which these move, the seconds marked w by
+    which the tangents do, and what `jvp64` names of each::
+
+        wz = whidden weight^T + hidden wweight^T + wbias + thidden uweight^T + uhidden tweight^T
+        ws = (1 - (s / softcap)^2) wz + tslope uz    tslope = -2 s / softcap^2 ts
+        wlse = sum p (ws + ts us) - tlse ulse
+        wloss = (A + 2 zeta lse) wlse + 2 zeta tlse ulse - sum t ws
+        wentropy = -sum p (log p + entropy) (ws + ts (us - ulse)) - sum p ts (us - ulse + uentropy)
+    """
+    t, u, w = second.tangents, second.others, second.seconds
+    with np.errstate(all="ignore"):
+        row = _row(call, t.stats)
+        tz, uz, wz = (_logit_tangents(row, given) for given in (t, u, w))
+        wz += _mixed(row, t, u) + _mixed(row, u, t)
+        ts, us = row.slope * tz, row.slope * uz
+        bend = 0.0 if call.softcap is None else -2 * row.s / call.softcap**2
+        ws = row.slope * wz + bend * ts * uz
+        mu, nu = _weighted(row.p, ts), _weighted(row.p, us)
+        gap = us - nu[:, None]
+        wlse = _weighted(row.p, ws + ts * us) - mu * nu
+        wloss = row.steepness * wlse - _weighted(row.t, ws)
+        if call.z_loss:
+            wloss += 2 * call.z_loss * mu * nu
+        uentropy = -_weighted(row.surprise, us)[:, None]
+        wentropy = -_weighted(row.surprise, ws + ts * gap)
+        wentropy -= _weighted(row.p, ts * (gap + uentropy))
+        return np.where(call.kept, wloss, 0.0), wlse, wentropy
+
+
 class _Logits(NamedTuple):
     hidden: F64  # (T, C)
     weight: F64  # (V, C)
@@ -294,6 +326,13 @@ def _logit_tangents(row: _Row, tangents: TangentCall) -> F64:
     return tz
 
 
+def _mixed(row: _Row, t: TangentCall, u: TangentCall) -> F64 | float:
+    """Return what two tangents of both factors of the logits add to their second tangents."""
+    if t.thidden is None or u.tweight is None:
+        return 0.0
+    return row.kept(t.thidden.astype(np.float64)) @ u.tweight.astype(np.float64).T
+
+
 def _stats(call: LossCall, exact: Exact) -> LossStats:
     """Return row statistics; log_l is relative to the rounded m, so that p keeps its digits."""
     wide = call.compute_dtype
@@ -301,6 +340,14 @@ def _stats(call: LossCall, exact: Exact) -> LossStats:
         m = round_to(exact.m, wide)
         lost = np.where(np.isfinite(m), exact.m - m, 0.0)
         return LossStats(m, round_to(exact.log_l + lost, wide))
+
+
+def _rounded_tangents(
+    call: LossCall, tangents: TangentCall, moved: tuple[F64, F64, F64]
+) -> RowTangents:
+    wide = call.compute_dtype
+    tloss, tlse, tentropy = (round_to(x, wide) for x in moved)
+    return RowTangents(tloss, tlse, None if tangents.entropy is None else tentropy)
 
 
 def _rounded(call: LossCall, grads: LossGrads, needed: Needed) -> LossGrads:
@@ -313,4 +360,4 @@ def _rounded(call: LossCall, grads: LossGrads, needed: Needed) -> LossGrads:
     return LossGrads(*rounded)
 
 
-IMPLEMENTATION = Implementation("reference", forward, vjp, jvp, vjp_jvp)
+IMPLEMENTATION = Implementation("reference", forward, vjp, jvp, vjp_jvp, jvp_jvp=jvp_jvp)

@@ -201,6 +201,7 @@ def _flat(name: str, kind: Kind) -> FlatOperator:
         output_tangents=False,
         read_outputs=(),
         jvp_jvp=functions.jvp_jvp,
+        strided=True,
     )
 
 

@@ -104,6 +104,7 @@ def vjp_jvp(call: AttentionCall, second: SecondCall, needed: Needed = ALL_NEEDED
 
 
 def _jvp(call: AttentionCall, tangents: TangentCall, dtype: Any) -> OutputTangents:
+    call, tangents = _alike(call, tangents)
     to, tlse = empty(call, call.H, call.N, call.Dv, dtype), rows(call)
     chosen = planned(call, "jvp")
     launch_carefully(
@@ -128,6 +129,9 @@ def _gradients(
     moved: OutputTangents | None = None,
 ) -> AttentionGrads:
     """Compute the gradients or, with `second` and the output tangents, their tangents."""
+    if second is not None:
+        call, moves = _alike(call, second.tangents)
+        second = replace(second, tangents=moves)
     do: Any = cotangents.do
     if do is None:
         do = _like(call).new_zeros((call.B, call.H, call.N, call.Dv))
@@ -264,10 +268,18 @@ def _moves(tangents: InputTangents | None) -> dict[str, Any]:
         **strides("tq", tq),
         **strides("tk", tk),
         **strides("tv", tv),
-        **bias_of("tbias", tbias),
+        "tbias": tbias,
         **{"T_Q": tq is not None, "T_K": tk is not None, "T_V": tv is not None},
         **{"T_BIAS": tbias is not None, "T_SINKS": tsinks is not None},
     }
+
+
+def _alike(call: AttentionCall, tangents: Any) -> tuple[AttentionCall, Any]:
+    """Return a call and its tangents with equal strides of both biases: kernels know one set."""
+    bias, tbias = call.bias, tangents.tbias
+    if tbias is None or all([step(bias, d) == step(tbias, d) for d in range(4)]):
+        return call, tangents
+    return replace(call, bias=_contiguous(bias)), replace(tangents, tbias=_contiguous(tbias))
 
 
 def _cotangent_tangents(second: SecondCall | None) -> dict[str, Any]:
@@ -291,7 +303,14 @@ def planned(call: AttentionCall, kind: str) -> LaunchPlan:
         dtype=call.dtype.name,
         arch=architecture(),
         sequences=packed_count(call),
+        crowded=_is_crowded(call),
     )
+
+
+def _is_crowded(call: AttentionCall) -> bool:
+    """Return whether options take registers that large tiles would need."""
+    given = call.bias, call.alibi_slopes, call.softcap
+    return call.dropout_p > 0 or any([option is not None for option in given])
 
 
 def launch(kernel: Any, chosen: LaunchPlan, **arguments: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilewise.base._lowering import KEY_TILE, QUERY_TILE
 from tilewise.shared.launch import Compilation, LaunchPlan
@@ -39,6 +39,7 @@ def plan(
     dtype: str,
     arch: str = "sm_90",
     sequences: int | None = None,
+    crowded: bool = False,
 ) -> LaunchPlan:
     """Return how one kernel is launched.
 
@@ -51,43 +52,107 @@ def plan(
         dtype: Name of the dtype of q.
         arch: "sm_80", "sm_90", "sm_100", "gfx942" or `INTERPRETER`.
         sequences: How many are packed in these rows, or None.
+        crowded: Whether there is a bias, a soft cap, dropout or ALiBi.
     """
     DP, DVP = padded(D), padded(Dv)
-    BM, BN, num_warps, num_stages = _tile(kind, max(DP, DVP), dtype, arch)
-    tile = BN if kind.endswith("dkv") else BM
+    cut = _tile(kind, max(DP, DVP), dtype, arch, crowded=crowded)
+    tile = cut.BN if kind.endswith("dkv") else cut.BM
     grid = (tiles_of(rows, tile, sequences) * heads,)
-    constants = {"BM": BM, "BN": BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
-    return LaunchPlan(grid, constants, num_warps, num_stages)
+    constants = {"BM": cut.BM, "BN": cut.BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
+    most = MOST_REGISTERS if cut.greedy and arch.startswith("sm_") else None
+    return LaunchPlan(grid, constants, cut.num_warps, cut.num_stages, most)
 
 
-def _tile(kind: str, width: int, dtype: str, arch: str) -> tuple[int, int, int, int]:
-    """Return queries and keys of a tile, warps and stages."""
+class Tile(NamedTuple):
+    """A tile of queries and keys.
+
+    Attributes:
+        BM: Queries.
+        BN: Keys.
+        num_warps: Warps of one program.
+        num_stages: Tiles that loads run ahead of the arithmetic.
+        greedy: Whether ptxas has to be told that a thread may have all registers. Else it may take
+            fewer, so that there are more programs at a time, and spill.
+    """
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int = 1
+    greedy: bool = False
+
+
+MOST_REGISTERS = 255
+"""Registers that a thread of NVIDIA can have."""
+
+
+def _tile(kind: str, width: int, dtype: str, arch: str, *, crowded: bool) -> Tile:
+    """Return the tile of a kernel: of what is known of a case, by its architecture first."""
     if arch == INTERPRETER:
-        return 64, 64, 4, 1
+        return Tile(64, 64, 4)
     size = 0 if width <= 64 else 1 if width <= 128 else 2
     if dtype in ("float32", "float64"):
-        if size == 0 and kind == "dkv":
-            return 32, 32, 4, 1
-        return ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))[size]
+        tables = [_CROWDED_FULL, _FULL] if crowded else [_FULL]
+    elif dtype == "float16":
+        tables = [_CROWDED_HALF, _CROWDED, _HALF, _TILES] if crowded else [_HALF, _TILES]
+    else:
+        tables = [_CROWDED, _TILES] if crowded else [_TILES]
     kind = kind.replace("dbias", "dq")
-    if size == 0 and arch != "sm_90" and kind in _SMALLER:
-        return _SMALLER[kind]
-    return _TILES.get(kind, _TILES["dq"])[size]
+    for table in tables:
+        for name in (f"{kind} {arch}", kind, "other"):
+            found = table.get(name, {}).get(size)
+            if found is not None:
+                return found
+    return _TILES["dq"][size]  # what has no products has no tile of its own
 
 
-_TILES = {
-    "fwd": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
-    "dq": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
-    "dkv": ((64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
-    "jvp": ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
-    "second_dq": ((64, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
-    "second_dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+_TILES: dict[str, dict[int, Tile]] = {
+    "fwd": {0: Tile(128, 64, 8, 2), 1: Tile(128, 64, 8, 2), 2: Tile(64, 32, 8)},
+    "dq": {0: Tile(64, 64, 4), 1: Tile(64, 32, 4), 2: Tile(32, 16, 8)},
+    "dkv": {0: Tile(32, 64, 4), 1: Tile(32, 32, 4), 2: Tile(16, 16, 8)},
+    "dkv sm_90": {0: Tile(64, 64, 4)},
+    "jvp": {0: Tile(32, 32, 4), 1: Tile(32, 32, 4), 2: Tile(16, 16, 8)},
+    "jvp sm_90": {0: Tile(64, 32, 4)},
+    "second_dq": {0: Tile(32, 32, 4), 1: Tile(16, 32, 4), 2: Tile(16, 16, 8)},
+    "second_dq sm_90": {0: Tile(64, 32, 4)},
+    "second_dq gfx942": {1: Tile(32, 16, 4)},
+    "second_dkv": {0: Tile(32, 32, 4), 1: Tile(16, 16, 4), 2: Tile(16, 16, 8)},
 }
-"""For rows of up to 64, 128 and 512 entries of 16 bits: what fits the registers. Kernels without
-an entry take the tiles of dq."""
+"""What fits the registers, for rows of up to 64, 128 and 512 entries of 16 bits: of all, or of one
+architecture."""
 
-_SMALLER = {"dkv": (32, 64, 4, 1), "jvp": (32, 32, 4, 1), "second_dq": (32, 32, 4, 1)}
-"""For rows of up to 64 entries on other architectures than Hopper."""
+_HALF: dict[str, dict[int, Tile]] = {"dq": {0: Tile(64, 32, 4)}, "dkv": {0: Tile(32, 32, 4)}}
+"""For float16, whose gradients are multiplied in float32."""
+
+_CROWDED_HALF: dict[str, dict[int, Tile]] = {
+    "dq": {0: Tile(32, 32, 4)},
+    "dkv": {0: Tile(16, 32, 4)},
+}
+"""For those with options that take registers themselves."""
+
+_CROWDED: dict[str, dict[int, Tile]] = {
+    "fwd": {1: Tile(128, 32, 8, 2)},
+    "fwd gfx942": {0: Tile(128, 32, 8), 1: Tile(64, 64, 4)},
+    "dq": {0: Tile(64, 32, 4), 1: Tile(32, 32, 4)},
+    "dkv": {0: Tile(16, 64, 4, greedy=True), 1: Tile(16, 32, 8)},
+    "dkv sm_80": {0: Tile(32, 32, 4)},
+    "jvp": {0: Tile(64, 16, 4)},
+    "second_dq": {0: Tile(64, 16, 4)},
+    "second_dq sm_80": {0: Tile(32, 16, 8)},
+    "second_dkv": {0: Tile(32, 16, 8, greedy=True)},
+    "second_dkv gfx942": {0: Tile(16, 32, 4)},
+}
+"""For 16 bits with such options."""
+
+_FULL: dict[str, dict[int, Tile]] = {
+    "other": {0: Tile(16, 32, 4), 1: Tile(16, 16, 4), 2: Tile(16, 16, 4)},
+    "fwd": {0: Tile(16, 32, 4, greedy=True)},
+    "dkv": {0: Tile(32, 16, 4)},
+}
+"""For float32 and float64."""
+
+_CROWDED_FULL: dict[str, dict[int, Tile]] = {"dkv": {0: Tile(16, 32, 4)}}
+"""For those with options that take registers themselves."""
 
 
 def _precision(kind: str, dtype: str, arch: str) -> dict[str, Any]:
@@ -122,8 +187,14 @@ def planned(arch: str) -> Iterator[Compilation]:
         yield _compilation(kind, 64, "bfloat16", arch, {})
         yield _compilation(kind, 64, "float16", arch, causal)
         yield _compilation(kind, 64, "float32", arch, causal)
+        yield _compilation(kind, 128, "bfloat16", arch, every)
+        yield _compilation(kind, 64, "float16", arch, every)
+        yield _compilation(kind, 64, "float32", arch, every)
     for kind in (*passes, "dbias"):
         yield _compilation(kind, 64, "bfloat16", arch, every)
+    for option in _TAKING:
+        yield _compilation("dq", 64, "bfloat16", arch, causal | {option: True})
+        yield _compilation("dkv", 64, "bfloat16", arch, causal | {option: True})
     yield _compilation("fwd", 64, "bfloat16", arch, {"MASK": 2})
     for kind in ("bounds", "pack", "delta", "dsinks"):
         yield _compilation(kind, 64, "bfloat16", arch, {})
@@ -147,6 +218,7 @@ def _planned_packed(
 
 
 _OPTIONS = ("BIAS", "ALIBI", "SOFTCAP", "SINKS", "DROPOUT")
+_TAKING = ("BIAS", "ALIBI", "SOFTCAP", "DROPOUT")
 _TANGENTS = ("T_Q", "T_K", "T_V", "TDO")
 _MODULES = {
     "fwd": "forward",
@@ -189,7 +261,8 @@ def _compilation(
     base, second = kind.removeprefix("second_"), kind.startswith("second_")
     module = import_module(f".kernels.{_MODULES[base]}", __package__)
     kernel = getattr(module, f"attention_{base}_kernel")
-    chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch)
+    crowded = any([options.get(name) for name in _TAKING])
+    chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch, crowded=crowded)
     given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
     given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
     given |= {"EXTENT": 64, "BLOCK": PLACES, "QUERIES": QUERY_TILE, "KEYS": KEY_TILE}
@@ -226,6 +299,7 @@ def _compilation(
         frozenset(name for name in divisible if not name.endswith(narrow)),
         chosen.num_warps,
         chosen.num_stages,
+        chosen.max_registers,
     )
 
 

@@ -212,6 +212,61 @@ def _scaled(numbers, entries):
 
 
 @triton.jit
+def _state(m_ptr, log_l_ptr, targets_ptr, row, has_row, ignored):
+    """Return m, log_l and class indices of rows, which have a class and which of those a loss."""
+    m = tl.load(m_ptr + row, mask=has_row, other=float("-inf"))
+    log_l = tl.load(log_l_ptr + row, mask=has_row, other=0.0)
+    alive = has_row & (m != float("-inf"))
+    y = tl.zeros(row.shape, tl.int64)
+    kept = alive
+    if targets_ptr is not None:
+        y = tl.load(targets_ptr + row, mask=has_row, other=0)
+        kept = alive & (y != ignored)
+    return m, log_l, y, alive, kept
+
+
+@triton.jit
+def _cotangents(
+    g_ptr, g_lse_ptr, g_z_ptr, scale_ptr, row, loss_step, alive, kept, total, lse, zeta,
+    SQUARED: tl.constexpr,
+):  # fmt: skip
+    """Return the cotangent g of each row's loss, that of its z-loss beside it, and alpha."""
+    wide: tl.constexpr = lse.dtype
+    one = tl.full([], 1.0, tl.float64)
+    scale = one
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    g = _of_rows(g_ptr, row, loss_step, kept, scale, wide)
+    g_z = _of_rows(g_z_ptr, row, loss_step, kept, scale, wide)
+    g_lse = _of_rows(g_lse_ptr, row, 1, alive, one, wide)
+    return g, g_z, _alpha(g, g_lse, g_z, total, lse, zeta, SQUARED)
+
+
+@triton.jit
+def _moved_alpha(g, g_z, mu, tt_total, zeta, SQUARED: tl.constexpr):
+    """Return what the tangents of lse and of the targets change in alpha."""
+    moved = tl.where(g == 0.0, 0.0, g * tt_total)
+    if SQUARED:
+        both = g + g_z
+        moved += tl.where(both == 0.0, 0.0, 2.0 * zeta * both * mu)
+    return moved
+
+
+@triton.jit
+def _store_tangents(
+    tloss_ptr, tlse_ptr, tz_loss_ptr, row, has_row, kept, total, lse, mu, own, zeta,
+    SQUARED: tl.constexpr,
+):  # fmt: skip
+    """Write the tangents of loss, lse and z_loss of rows."""
+    squared = tl.zeros(mu.shape, mu.dtype)
+    if SQUARED:
+        squared = tl.where(kept, 2.0 * zeta * lse * mu, 0.0)
+    tl.store(tloss_ptr + row, tl.where(kept, total * mu + own + squared, 0.0), mask=has_row)
+    tl.store(tlse_ptr + row, mu, mask=has_row)
+    tl.store(tz_loss_ptr + row, squared, mask=has_row)
+
+
+@triton.jit
 def cross_entropy_derivative_kernel(
     x_ptr,
     targets_ptr,
@@ -287,15 +342,8 @@ def cross_entropy_derivative_kernel(
     zeta = number(zeta, wide)
     sharp = number(sharp, wide)
 
-    m = tl.load(m_ptr + row, mask=has_row, other=float("-inf"))
-    log_l = tl.load(log_l_ptr + row, mask=has_row, other=0.0)
+    m, log_l, y, alive, kept = _state(m_ptr, log_l_ptr, targets_ptr, row, has_row, ignored)
     total = tl.load(total_ptr + row, mask=has_row, other=0.0)
-    alive = has_row & (m != float("-inf"))
-    y = tl.zeros([BLOCK_R], tl.int64)
-    kept = alive
-    if targets_ptr is not None:
-        y = tl.load(targets_ptr + row, mask=has_row, other=0)
-        kept = alive & (y != ignored)
     lse = m + log_l
     w = tl.full([BLOCK_C], 1.0, wide)
     if weight_ptr is not None:
@@ -338,33 +386,23 @@ def cross_entropy_derivative_kernel(
         tl.store(at_part + stride, tt_total, mask=has_row)
         tl.store(at_part + 2 * stride, own, mask=has_row)
     elif KIND == "jvp":
-        squared = tl.zeros([BLOCK_R], wide)
-        if SQUARED:
-            squared = tl.where(kept, 2.0 * zeta * lse * mu, 0.0)
-        tl.store(tloss_ptr + row, tl.where(kept, total * mu + own + squared, 0.0), mask=has_row)
-        tl.store(tlse_ptr + row, mu, mask=has_row)
-        tl.store(tz_loss_ptr + row, squared, mask=has_row)
+        _store_tangents(
+            tloss_ptr, tlse_ptr, tz_loss_ptr, row, has_row, kept, total, lse, mu, own, zeta, SQUARED
+        )  # fmt: skip
     else:
-        one = tl.full([], 1.0, tl.float64)
-        scale = one
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr)
-        g = _of_rows(g_ptr, row, loss_step, kept, scale, wide)
-        g_z = _of_rows(g_z_ptr, row, loss_step, kept, scale, wide)
-        g_lse = _of_rows(g_lse_ptr, row, 1, alive, one, wide)
-        alpha = _alpha(g, g_lse, g_z, total, lse, zeta, SQUARED)
+        g, g_z, alpha = _cotangents(
+            g_ptr, g_lse_ptr, g_z_ptr, scale_ptr, row, loss_step, alive, kept, total, lse, zeta,
+            SQUARED,
+        )  # fmt: skip
         ds = _scaled(alpha, p) - _scaled(g, t)
         dx = tl.where(ds == 0.0, 0.0, slope * ds)
         of_targets = _scaled(g, far)
         if KIND == "vjp_jvp":
-            tg = _of_rows(tg_ptr, row, loss_step, kept, scale, wide)
-            tg_z = _of_rows(tg_z_ptr, row, loss_step, kept, scale, wide)
-            tg_lse = _of_rows(tg_lse_ptr, row, 1, alive, one, wide)
-            talpha = _alpha(tg, tg_lse, tg_z, total, lse, zeta, SQUARED)
-            if SQUARED:
-                both = g + g_z
-                talpha += tl.where(both == 0.0, 0.0, 2.0 * zeta * both * mu)
-            talpha += tl.where(g == 0.0, 0.0, g * tt_total)
+            tg, _, talpha = _cotangents(
+                tg_ptr, tg_lse_ptr, tg_z_ptr, scale_ptr, row, loss_step, alive, kept, total, lse,
+                zeta, SQUARED,
+            )  # fmt: skip
+            talpha += _moved_alpha(g, g_z, mu, tt_total, zeta, SQUARED)
             gap = tl.where(absent, 0.0, ts - mu[:, None])
             tds = _scaled(talpha, p) + _scaled(alpha, p * gap) - _scaled(tg, t) - _scaled(g, tt)
             dx = tl.where(tds == 0.0, 0.0, slope * tds)

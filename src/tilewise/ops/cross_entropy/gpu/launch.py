@@ -31,6 +31,7 @@ from tilewise.shared.row_tiles import (
     merge_plan,
     reduction_plan,
     row_sizes,
+    side_by_side,
     whole_strides,
     wide_like,
 )
@@ -127,7 +128,7 @@ class _Rows:
 
     def tiles(self, kind: str) -> RowTiles:
         """Return the tiles for one of the functions."""
-        return tiles(kind, self.C, self.I, self.x.dtype.itemsize)
+        return tiles(kind, self.C, side_by_side(self.x), self.x.dtype.itemsize)
 
     def rows(self, *first: int) -> Tensor:
         """Return memory for a number of each row."""

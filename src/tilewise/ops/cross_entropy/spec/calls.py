@@ -176,3 +176,18 @@ class SecondCall:
     cotangents: Cotangents
     tangents: Tangents
     moved: Cotangents
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardSecondCall:
+    """What the JVP of a JVP takes.
+
+    Attributes:
+        tangents: Tangents of the inputs, whose JVP moves.
+        others: The tangents along which the inputs move.
+        seconds: Those along which the tangents themselves move.
+    """
+
+    tangents: Tangents
+    others: Tangents
+    seconds: Tangents

@@ -244,7 +244,8 @@ class _Strips:
         # float16 lacks the range of cotangents, which are as small as one token's part of a mean.
         stored = at.wide if at.dtype == "float16" else at.hidden
         self.product = tiles(kind, stored.dtype.itemsize, architecture())
-        self.width = strip(at.T, at.V, self.cut.cols, self.product.inner)
+        chunk = at.call.vocab_chunk
+        self.width = strip(at.T, at.V, self.cut.cols, self.product.inner, chunk)
         self.dhidden = empty((at.T, at.C), at.hidden) if needed.hidden else None
         self.dweight = empty((at.V, at.C), at.weight) if needed.weight else None
         self.dbias = None
@@ -380,6 +381,10 @@ def _cotangents(
 
 def refuses(call: LossCall) -> str | None:
     """Return why a call is not served, or None."""
+    if call.token_chunk is not None:
+        return "stores what it does for all tokens and some classes; give vocab_chunk for less"
+    if call.gradient_filter > 0:
+        return "leaves out no gradients (gradient_filter)"
     return refuses_arrays(call.hidden)
 
 

@@ -86,7 +86,7 @@ def tiles(kind: str, itemsize: int, arch: str) -> Tiles:
     return (narrow if itemsize == 2 else _WIDE)[kind]
 
 
-def strip(T: int, V: int, cols: int, inner: int) -> int:
+def strip(T: int, V: int, cols: int, inner: int, chunk: int | None = None) -> int:
     """Return how many classes have their cotangents stored at a time.
 
     Args:
@@ -94,9 +94,11 @@ def strip(T: int, V: int, cols: int, inner: int) -> int:
         V: Classes.
         cols: Classes of a tile.
         inner: Classes of a product at a time, of which strips are multiples.
+        chunk: Classes that the caller wants at most, if there is a multiple below.
     """
     step = max(cols, inner)
-    most = min(STRIP_ENTRIES // max(T, 1), WIDEST_STRIP) // step * step
+    widest = WIDEST_STRIP if chunk is None else min(chunk, WIDEST_STRIP)
+    most = min(STRIP_ENTRIES // max(T, 1), widest) // step * step
     return min(max(most, step), -(-V // step) * step)
 
 
@@ -112,7 +114,7 @@ def planned(arch: str) -> Iterator[Compilation]:
     """Return the configurations that are compiled without a GPU."""
     from . import kernels
 
-    for name, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+    for name, short in _SHORT.items():
         if name != "float16":  # the logits are made as those of bfloat16
             yield from _of_logits(name, short, arch, kernels)
         yield from _of_gradients(name, short, arch, kernels.linear_cross_entropy_gradient_kernel)
@@ -134,7 +136,8 @@ def _of_logits(name: str, short: str, arch: str, kernels: Any) -> Iterator[Compi
     inputs, moved = ("hidden", "weight", "bias"), ("thidden", "tweight", "tbias")
     rows = ["class_weight", "parts", "m", "log_l", "entropy", "sums"]
     rows += ["g", "g_lse", "g_entropy", "tg", "tg_lse", "tg_entropy"]
-    tensors = dict.fromkeys(inputs, short) | dict.fromkeys(rows, "fp32")
+    wide = "fp64" if short == "fp64" else "fp32"
+    tensors = dict.fromkeys(inputs, short) | dict.fromkeys(rows, wide)
     tensors |= {"targets": "i64", "argmax_parts": "i64", "scale": "fp64", "live": "i8"}
     tangents = dict.fromkeys(moved, short)
     options = {"ENTROPY": True, "CAPPED": True, "SQUARED": True, "PRECISION": "ieee"}
@@ -154,24 +157,26 @@ def _of_logits(name: str, short: str, arch: str, kernels: Any) -> Iterator[Compi
 def _of_gradients(name: str, short: str, arch: str, kernel: Any) -> Iterator[Compilation]:
     """Return the configurations of the products that end gradients."""
     stored = "fp32" if name == "float16" else short
+    wide = "fp64" if short == "fp64" else "fp32"
     for side, more, dense in (
         ("hidden", {"after": short}, "a_inner"),
-        ("hidden, first strip", {"after": "fp32"}, "a_inner"),
+        ("hidden, first strip", {"after": wide}, "a_inner"),
         ("weight", {"after": short, "live": "i8", "rows": short}, "a_row"),
         ("hidden, of tangents", {"after": short, "a2": stored, "b2": short}, "a_inner"),
     ):
         kind = "two_gradients" if "a2" in more else "gradient"
         cut = tiles(kind, _itemsize(stored), arch)
-        tensors = {"a": stored, "b": short, "before": "fp32", **more}
+        tensors = {"a": stored, "b": short, "before": wide, **more}
         constants = {"PRECISION": precision(name), dense: 1}
         title = f"{_STEM}gradient by {side}, {name}"
         yield _compilation(title, kernel, tensors, cut, "MNK", constants)
 
 
 def _itemsize(kind: str) -> int:
-    return 4 if kind == "fp32" else 2
+    return {"fp64": 8, "fp32": 4}.get(kind, 2)
 
 
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 _STEM = "linear_cross_entropy_"
 _NUMBERS = {**dict.fromkeys(("sharp", "share", "zeta", "cap"), "fp64"), "ignored": "i64"}
 

@@ -19,6 +19,7 @@ from .arguments import (
 from .bounds import error_bound
 from .calls import (
     CotangentCall,
+    ForwardSecondCall,
     LossCall,
     LossGrads,
     LossOutputs,
@@ -58,6 +59,7 @@ __all__ = [
     "WEIGHT",
     "Z_LOSS",
     "CotangentCall",
+    "ForwardSecondCall",
     "LossCall",
     "LossGrads",
     "LossOutputs",

@@ -269,6 +269,21 @@ class SecondCall:
     tdentropy: Array | None
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardSecondCall:
+    """What the JVP of a JVP takes.
+
+    Attributes:
+        tangents: Tangents of the inputs, whose JVP moves.
+        others: The tangents along which the inputs move, with the same statistics.
+        seconds: Those along which the tangents themselves move.
+    """
+
+    tangents: TangentCall
+    others: TangentCall
+    seconds: TangentCall
+
+
 def reached(call: LossCall, *given: CotangentCall | SecondCall) -> NDArray[np.bool_]:
     """Return which tokens have a cotangent, or a tangent of one, that is not 0.
 

@@ -202,10 +202,14 @@ class Problem:
         whole[..., : self._used] = array
         return whole.reshape(-1)
 
-    def of_loss(self, name: str, value: object) -> Array | None:
-        """Return the cotangent of each token's loss as `(T,)`, of that of the loss."""
+    def of_loss(self, name: str, value: object, *, spread: bool = True) -> Array | None:
+        """Return the cotangent of each token's loss as `(T,)`, of that of the loss.
+
+        Without `spread` it is that of the loss itself, for implementations that reduce.
+        """
         if self.call.reduction == "none":
-            return self.call.spread(self.of_tokens(name, value))
+            rows = self.of_tokens(name, value)
+            return self.call.spread(rows) if spread else rows
         if value is None:
             return None
         if isinstance(value, numbers.Real):
@@ -213,7 +217,7 @@ class Problem:
         array = self._wide(name, value)
         if array.shape != ():
             raise value_error(NAME, name, "have shape () (from reduction)", array.shape)
-        return self.call.spread(array)
+        return self.call.spread(array) if spread else array
 
     def like(self, name: str, value: object) -> Array | None:
         """Return a tangent of one of the inputs as the call has that input, or None."""
@@ -284,15 +288,17 @@ def prepare_vjp(
     dlse: object,
     dentropy: object,
     entropy: Array | None,
+    *,
+    spread: bool = True,
 ) -> CotangentCall:
-    """Validate the cotangents of a call.
+    """Validate the cotangents of a call; without `spread`, for implementations that reduce.
 
     Raises:
         TypeError: For a wrong kind or dtype.
         ValueError: For a wrong shape.
     """
     rows = problem.of_tokens("dlse", dlse), problem.of_tokens("dentropy", dentropy)
-    return CotangentCall(problem.of_loss("dloss", dloss), *rows, stats, entropy)
+    return CotangentCall(problem.of_loss("dloss", dloss, spread=spread), *rows, stats, entropy)
 
 
 def prepare_jvp(

@@ -172,6 +172,50 @@ def _entries(ptr, at, inside, active, wide: tl.constexpr):
 
 
 @triton.jit
+def _weight_of_sink(sink_ptr, row, alive, m, log_l, scale):
+    """Return the probability of each row's sink, and where there is one."""
+    p_sink = tl.zeros(m.shape, m.dtype)
+    has_sink = alive
+    if sink_ptr is not None:
+        z = tl.load(sink_ptr + row, mask=alive, other=float("-inf"))
+        has_sink = alive & (z != float("-inf"))
+        p_sink = tl.where(has_sink, tl.exp(z - m * scale - log_l), 0.0)
+    return p_sink, has_sink
+
+
+@triton.jit
+def _first_sums(p, dy, ts, p_sink, tz, dlse, first, KIND: tl.constexpr, LOG: tl.constexpr):
+    """Return mu and c of rows; of parts those of their entries, the first with all else."""
+    mu = tl.zeros(dlse.shape, p.dtype)
+    mean = tl.zeros(dlse.shape, p.dtype)
+    if KIND != "vjp":
+        mu = tl.sum(p * ts, axis=1) + tl.where(first, p_sink * tz, 0.0)
+    if KIND != "jvp":
+        mean = tl.sum(dy if LOG else p * dy, axis=1) - tl.where(first, dlse, 0.0)
+    return mu, mean
+
+
+@triton.jit
+def _results(
+    p, dy, tdy, gap, p_sink, tz, mu, mean, moved, alive, KIND: tl.constexpr, LOG: tl.constexpr
+):
+    """Return what a derivative is for each entry, but for the scale, and for each row."""
+    if KIND == "vjp":
+        out = dy - p * mean[:, None] if LOG else p * (dy - mean[:, None])
+        of_row = -p_sink * mean
+    elif KIND == "jvp":
+        out = gap if LOG else p * gap
+        of_row = tl.where(alive, mu, 0.0)
+    else:
+        of_row = -p_sink * ((tz - mu) * mean + moved)
+        if LOG:
+            out = tdy - p * gap * mean[:, None] - p * moved[:, None]
+        else:
+            out = p * gap * (dy - mean[:, None]) + p * (tdy - moved[:, None])
+    return out, of_row
+
+
+@triton.jit
 def softmax_derivative_kernel(
     x_ptr,
     where_ptr,
@@ -249,12 +293,7 @@ def softmax_derivative_kernel(
     x = tl.load(x_ptr + at, mask=inside, other=float("-inf")).to(wide)
     p = tl.exp((x - finite_base(m)[:, None]) * scale - log_l[:, None])
     p = tl.where(active, p, 0.0)
-    p_sink = tl.zeros([BLOCK_R], wide)
-    has_sink = alive
-    if sink_ptr is not None:
-        z = tl.load(sink_ptr + row, mask=alive, other=float("-inf"))
-        has_sink = alive & (z != float("-inf"))
-        p_sink = tl.where(has_sink, tl.exp(z - m * scale - log_l), 0.0)
+    p_sink, has_sink = _weight_of_sink(sink_ptr, row, alive, m, log_l, scale)
 
     at = tile[:, None] * dy_tile + other * dy_other + c[None, :] * dy_c
     dy = _entries(dy_ptr, at, inside, active, wide)
@@ -268,13 +307,8 @@ def softmax_derivative_kernel(
 
     # What a row has beside the sum of its entries is added to that of its first part.
     first = part == 0
-    mu = tl.zeros([BLOCK_R], wide)
-    mean = tl.zeros([BLOCK_R], wide)
     if PHASE == "whole" or PHASE == "sums":
-        if KIND != "vjp":
-            mu = tl.sum(p * ts, axis=1) + tl.where(first, p_sink * tz, 0.0)
-        if KIND != "jvp":
-            mean = tl.sum(dy if LOG else p * dy, axis=1) - tl.where(first, dlse, 0.0)
+        mu, mean = _first_sums(p, dy, ts, p_sink, tz, dlse, first, KIND, LOG)
     else:
         mu = tl.load(sums_ptr + row, mask=has_row, other=0.0)
         mean = tl.load(sums_ptr + n_rows + row, mask=has_row, other=0.0)
@@ -294,18 +328,7 @@ def softmax_derivative_kernel(
         if PHASE == "second":
             tl.store(parts_ptr + part * n_rows + row, moved, mask=has_row)
         else:
-            if KIND == "vjp":
-                out = dy - p * mean[:, None] if LOG else p * (dy - mean[:, None])
-                of_row = -p_sink * mean
-            elif KIND == "jvp":
-                out = gap if LOG else p * gap
-                of_row = tl.where(alive, mu, 0.0)
-            else:
-                of_row = -p_sink * ((tz - mu) * mean + moved)
-                if LOG:
-                    out = tdy - p * gap * mean[:, None] - p * moved[:, None]
-                else:
-                    out = p * gap * (dy - mean[:, None]) + p * (tdy - moved[:, None])
+            out, of_row = _results(p, dy, tdy, gap, p_sink, tz, mu, mean, moved, alive, KIND, LOG)
             if KIND != "jvp":
                 out = out * scale
             if out_ptr is not None:

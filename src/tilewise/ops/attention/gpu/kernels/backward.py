@@ -147,8 +147,6 @@ def _gradients(
     bias_stride_n,
     bias_stride_k,
     tbias,
-    tbias_stride_n,
-    tbias_stride_k,
     slope,
     scale,
     softcap,
@@ -189,7 +187,7 @@ def _gradients(
         if SOFTCAP:
             ts = tx * derivative
         if T_BIAS:
-            ts += load_bias(tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk).to(dtype)
+            ts += load_bias(tbias, i, j, bias_stride_n, bias_stride_k, N, Nk).to(dtype)
         tp = tl.where(attended, p * (ts - tlse), 0.0)
         tw = tp
         if DROPOUT:
@@ -198,7 +196,7 @@ def _gradients(
         tds = tl.where(attended, tp * (dp - delta) + p * (tdp - tdelta), 0.0)
         tdx = tds
         if SOFTCAP:
-            tdx = tds * derivative - (2.0 * ds) * (t * derivative) * (tx / cap)
+            tdx = tds * derivative - (2.0 * ds) * (t * derivative) * (traw * (factor / cap))
             tdx = tl.where(attended, tdx, 0.0)
     return w, ds, dx, tw, tds, tdx
 
@@ -212,7 +210,6 @@ def attention_dq_kernel(
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
@@ -231,7 +228,7 @@ def attention_dq_kernel(
     """
     dtype: tl.constexpr = m.dtype.element_ty
     # One loop for all tiles keeps a kernel small that is large already.
-    WHOLE: tl.constexpr = CAREFUL or SECOND
+    WHOLE: tl.constexpr = CAREFUL or SECOND or BIAS or SOFTCAP or DROPOUT
     total = N
     b, h, entry, tile, first_i, first_j, N, Nk = tile_of(
         tl.program_id(0), H, N, Nk, S, order, q_starts, k_starts, BM, False, PACKED
@@ -280,7 +277,7 @@ def attention_dq_kernel(
         if T_V:
             tv = part_of(tv, b, h // group, first_j, stride_tvb, stride_tvh, stride_tvn)
         if T_BIAS:
-            tbias = part_of(tbias, b, h, first_i, tbias_stride_b, tbias_stride_h, tbias_stride_n)
+            tbias = part_of(tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
 
     acc = tl.zeros([BM, DP], dtype)
     begin, full, rest, stop, turn, jump = key_spans(bounds, tile, Nk, MASK, BN)
@@ -324,7 +321,7 @@ def attention_dq_kernel(
                         raw, traw, dp, tdp, keep, seen, i, j,
                         top, log_sum, delta_row, tlse_row, tdelta_row,
                         bias, bias_stride_n, bias_stride_k,
-                        tbias, tbias_stride_n, tbias_stride_k,
+                        tbias,
                         slope, scale, softcap, N, Nk,
                         BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                     )  # fmt: skip
@@ -347,7 +344,6 @@ def attention_dkv_kernel(
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
@@ -366,7 +362,7 @@ def attention_dkv_kernel(
     See `attention_fwd_kernel` for CAREFUL.
     """
     dtype: tl.constexpr = m.dtype.element_ty
-    WHOLE: tl.constexpr = CAREFUL or SECOND
+    WHOLE: tl.constexpr = CAREFUL or SECOND or BIAS or SOFTCAP or DROPOUT
     total = N
     b, hk, entry, tile, first_i, first_j, N, Nk = tile_of(
         tl.program_id(0), H // group, N, Nk, S, order, q_starts, k_starts, BN, True, PACKED
@@ -401,9 +397,7 @@ def attention_dkv_kernel(
         if BIAS:
             bias_part = part_of(bias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
         if T_BIAS:
-            tbias_part = part_of(
-                tbias, b, h, first_i, tbias_stride_b, tbias_stride_h, tbias_stride_n
-            )
+            tbias_part = part_of(tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
         if MASK == INTERVALS:
             mask_part = mask + (part * total + first_i) * 4
             bounds = bounds_of(tiles, part, entry, first_i, total, BM, BOUNDS, PACKED)
@@ -486,7 +480,7 @@ def attention_dkv_kernel(
                             raw, traw, dp, tdp, keep, seen, i, j,
                             top, log_sum, delta_row, tlse_row, tdelta_row,
                             bias_part, bias_stride_n, bias_stride_k,
-                            tbias_part, tbias_stride_n, tbias_stride_k,
+                            tbias_part,
                             slope, scale, softcap, N, Nk,
                             BIAS, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
                         )  # fmt: skip

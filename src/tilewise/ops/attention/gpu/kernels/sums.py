@@ -19,7 +19,6 @@ def attention_dbias_kernel(
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn, stride_tdob, stride_tdoh, stride_tdon,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
@@ -118,7 +117,7 @@ def attention_dbias_kernel(
                     tdo_tile = load_rows(tdo_part, start_i, N, stride_tdon, BM, DV, DVP, True)
                 if T_BIAS:
                     tbias_part = part_of(
-                        tbias, b, h, first_i, tbias_stride_b, tbias_stride_h, tbias_stride_n
+                        tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n
                     )
                 traw = _products(q_tile, tq_tile, k_tile, tk_tile, T_Q, T_K, PRECISION)
                 tdp = _products(do_tile, tdo_tile, v_tile, tv_tile, TDO, T_V, PRECISION)
@@ -131,7 +130,7 @@ def attention_dbias_kernel(
                 raw, traw, dp, tdp, keep, visible(mask_part, i, j, N, Nk, MASK, True), i, j,
                 top, log_sum, delta_row, tlse_row, tdelta_row,
                 bias_part, bias_stride_n, bias_stride_k,
-                tbias_part, tbias_stride_n, tbias_stride_k,
+                tbias_part,
                 slope, scale, softcap, N, Nk,
                 True, T_BIAS, ALIBI, SOFTCAP, DROPOUT, SECOND,
             )  # fmt: skip

@@ -39,7 +39,6 @@ def attention_jvp_kernel(
     stride_tqb, stride_tqh, stride_tqn, stride_tkb, stride_tkh, stride_tkn,
     stride_tvb, stride_tvh, stride_tvn,
     bias_stride_b, bias_stride_h, bias_stride_n, bias_stride_k,
-    tbias_stride_b, tbias_stride_h, tbias_stride_n, tbias_stride_k,
     slopes_stride_b, mask_stride_b, mask_stride_h,
     scale: tl.float64, softcap: tl.float64, first_entry,
     seed_low: tl.uint32, seed_high: tl.uint32, threshold: tl.uint32, factor: tl.float64,
@@ -73,7 +72,7 @@ def attention_jvp_kernel(
     if BIAS:
         bias = part_of(bias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
     if T_BIAS:
-        tbias = part_of(tbias, b, h, first_i, tbias_stride_b, tbias_stride_h, tbias_stride_n)
+        tbias = part_of(tbias, b, h, first_i, bias_stride_b, bias_stride_h, bias_stride_n)
     if MASK == INTERVALS:
         mask = mask + (part * total + first_i) * 4
         bounds = bounds_of(tiles, part, entry, first_i, total, BM, BOUNDS, PACKED)
@@ -120,7 +119,7 @@ def attention_jvp_kernel(
                 ts *= derivative
             if T_BIAS:
                 ts += load_bias(
-                    tbias, i, j, tbias_stride_n, tbias_stride_k, N, Nk
+                    tbias, i, j, bias_stride_n, bias_stride_k, N, Nk
                 ).to(dtype)  # fmt: skip
             moved = tl.where(seen & (top != -INF), p * ts, 0.0)
             mean += tl.sum(moved, 1)
