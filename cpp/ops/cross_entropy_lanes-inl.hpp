@@ -109,7 +109,8 @@ TW_INLINE void add_fold(const LogitTile<T>& tile, const T* targets, T before, in
     picked = select(equal(y, splat<T>(j)), x, picked);
     if constexpr (EXTRA) {
       e += select(equal(w, zero<T>()), zero<T>(), w * d);
-      u = fma(set1(tile.weights ? tile.weights[j] : T{1}), d, u);
+      const T weight = tile.weights ? tile.weights[j] : T{1};
+      if (weight != 0) u = fma(set1(weight), d, u);
       const int back = tile.classes - 1 - j;
       best = select(equal(load(s + int64_t{back} * kPanel), m), splat<T>(back), best);
     }

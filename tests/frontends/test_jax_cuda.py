@@ -60,7 +60,7 @@ def attend(q: Any, k: Any, v: Any) -> Any:
     return tw.jax.attention(q, k, v, mask=tw.causal())
 
 
-q, k, v = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 4, 11, 5), (2, 2, 13, 5), (2, 2, 13, 3)))
+q, k, v = (jnp.ones(shape, jnp.bfloat16) for shape in ((2, 4, 19, 5), (2, 2, 13, 5), (2, 2, 13, 3)))
 
 
 @pytest.mark.usefixtures("written")
@@ -68,8 +68,8 @@ def test_forward_is_one_call_with_the_layouts_of_its_arrays() -> None:
     text = lowered(attend, q, k, v).as_text()
     ((kernels, types),) = calls(text)
     assert kernels == {"attention_bounds_kernel", "attention_fwd_kernel"}
-    operands = "(tensor<1x1x11x4xi32>, tensor<2x4x11x5xbf16>, tensor<2x2x13x5xbf16>, "
-    assert types.startswith(f"{operands}tensor<2x2x13x3xbf16>) -> (tensor<2x4x11x3xbf16>, ")
+    operands = "(tensor<1x1x19x4xi32>, tensor<2x4x19x5xbf16>, tensor<2x2x13x5xbf16>, "
+    assert types.startswith(f"{operands}tensor<2x2x13x3xbf16>) -> (tensor<2x4x19x3xbf16>, ")
     assert "operand_layouts = [dense<[3, 2, 1, 0]>" in text
     assert "tilewise_evaluate" not in text and "-> (f64" not in text
 
@@ -113,10 +113,10 @@ def test_losses_and_softmax() -> None:
 def test_vmap_joins_the_batch_and_loops_where_it_cannot() -> None:
     stacked = jnp.stack([q, q, q])
     joined = lowered(jax.vmap(lambda q: attend(q, k, v)), stacked).as_text()
-    assert "tensor<6x4x11x5xbf16>" in calls(joined)[0][1]
+    assert "tensor<6x4x19x5xbf16>" in calls(joined)[0][1]
     biased = jax.vmap(lambda q, bias: tw.jax.attention(q, k, v, bias=bias))
-    apart = lowered(biased, stacked, jnp.ones((3, 11, 13), jnp.bfloat16)).as_text()
-    assert "stablehlo.while" in apart and "tensor<2x4x11x5xbf16>" in calls(apart)[0][1]
+    apart = lowered(biased, stacked, jnp.ones((3, 19, 13), jnp.bfloat16)).as_text()
+    assert "stablehlo.while" in apart and "tensor<2x4x19x5xbf16>" in calls(apart)[0][1]
 
 
 @pytest.mark.usefixtures("written")

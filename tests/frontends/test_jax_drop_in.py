@@ -207,3 +207,28 @@ def test_weights_that_are_asked_for_are_refused() -> None:
     ours, _ = flax_pair()
     with pytest.raises(tw.Unsupported, match="flax_attention: module is not served"):
         ours(RNG.normal(size=(2, 5, 12)).astype(np.float32), sow_weights=True)
+
+
+def test_a_module_of_equinox_computes_the_same_on_its_heads() -> None:
+    eqx = pytest.importorskip("equinox", reason="Equinox is not installed")
+    x = RNG.normal(size=(B, T, 12)).astype(np.float32)
+
+    class Attention(eqx.nn.MultiheadAttention):
+        def __call__(self, query: Any, key_: Any, value: Any, mask: Any = None) -> Any:
+            projections = self.query_proj, self.key_proj, self.value_proj
+            heads = (
+                jax.vmap(project)(a).reshape(len(a), self.num_heads, -1)
+                for project, a in zip(projections, (query, key_, value), strict=True)
+            )
+            o = tj.dot_product_attention(*heads, mask=mask)
+            return jax.vmap(self.output_proj)(o.reshape(len(o), -1))
+
+    @eqx.filter_jit
+    def run(module: Any) -> Any:
+        one = lambda m, x: m(x, x, x, mask=np.tri(T, dtype=bool))  # noqa: E731
+        loss = lambda m: jnp.sum(jnp.sin(jax.vmap(partial(one, m))(x)))  # noqa: E731
+        return eqx.filter_value_and_grad(loss)(module)
+
+    made = (kind(3, 12, key=jax.random.key(3)) for kind in (Attention, eqx.nn.MultiheadAttention))
+    for got, want in zip(*(jax.tree.leaves(run(module)) for module in made), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)

@@ -126,6 +126,14 @@ def test_results_have_the_bits_of_numpy(axis: Any, dtype: str) -> None:
         np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sink_that_is_a_traced_number_of_python_fits_every_dtype(dtype: str) -> None:
+    x = jnp.asarray(X, dtype)
+    f = lambda z: jnp.sum(tj.softmax(x, 1, sink=z)[0, 0].astype(jnp.float32))  # noqa: E731
+    value, slope = jax.jit(jax.value_and_grad(f))(0.5)
+    assert value == f(0.5) and slope < 0 and slope.dtype == jnp.float64
+
+
 def test_sums_keep_their_axes_on_request() -> None:
     assert tj.logsumexp(X, (0, 2), keepdims=True).shape == (1, C, 1)
 

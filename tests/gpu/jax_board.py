@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import jax
@@ -65,6 +66,7 @@ class Board:
     programs: list[Program] = field(default_factory=list)
     error: BaseException | None = None
     shared: int = 0
+    alone: Any = field(default_factory=Lock)
 
     def compiled(self, launch: Launch, special: Specialised) -> Binary:
         """Return a binary whose code is the place of the kernel in `kernels`."""
@@ -102,7 +104,8 @@ class Board:
                 given[parameter] = _value(of, values[place])
             hidden = [values[len(special.parameters) + place] for place in range(2)]
             assert [ctypes.string_at(at, 8) for at in hidden] == 2 * [bytes(8)]
-            with triton_launch._unwarned():
+            # XLA runs devices side by side, and the interpreter one kernel at a time.
+            with self.alone, triton_launch._unwarned():
                 launch.kernel[grid](**given)
         except BaseException as error:
             self.error = error

@@ -14,14 +14,28 @@ static Launched launched;
 static char failing[64];
 static int capability = 90, loads, waits, pushed, contexts[4], current;
 
-void stand_in_launched(Launched function) { launched = function; }
-void stand_in_failing(const char* name) { snprintf(failing, sizeof failing, "%s", name); }
-void stand_in_board(int context, int number) { current = context, capability = number; }
-int stand_in_loads(void) { return loads; }
-int stand_in_waits(void) { return waits; }
-int stand_in_pushed(void) { return pushed; }
+void stand_in_launched(Launched function) {
+  launched = function;
+}
+void stand_in_failing(const char* name) {
+  snprintf(failing, sizeof failing, "%s", name);
+}
+void stand_in_board(int context, int number) {
+  current = context, capability = number;
+}
+int stand_in_loads(void) {
+  return loads;
+}
+int stand_in_waits(void) {
+  return waits;
+}
+int stand_in_pushed(void) {
+  return pushed;
+}
 
-static int status(const char* name) { return strcmp(name, failing) == 0 ? 700 : 0; }
+static int status(const char* name) {
+  return strcmp(name, failing) == 0 ? 700 : 0;
+}
 
 int cuGetErrorName(int error, const char** text) {
   *text = error == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : NULL;

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tilewise as tw
-from tilewise.ops.attention.gpu.decode import launch
+from tilewise.ops.attention.gpu.decode import launch as decode
 from tilewise.ops.attention.gpu.kernels import sequences
-from tilewise.torch import attention, attention_varlen
+from tilewise.torch import attention, attention_varlen, gpu
 
 # Tiles of 64: two of queries, two of keys with a tail each, sequences without the ones or the
 # others or both, and tiles whose rows begin in the middle of a tile of all rows.
@@ -90,7 +90,8 @@ def test_bias_that_keys_and_heads_share() -> None:
 
 
 def test_each_sequence_has_the_bits_of_a_call_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MOST_QUERIES", 0)  # few queries have other kernels, alone
+    # Calls of few queries have kernels of their own.
+    monkeypatch.setattr(decode, "MOST_QUERIES", 0)
     options = everything(dropout=False)
     together = packed("triton", options)
     weights = cotangents()
@@ -170,3 +171,16 @@ def test_boundaries_are_checked_as_on_the_cpu() -> None:
     q = normal(TQ, H, D)
     mine, theirs = (attention_varlen(q, q, q, ends, implementation=x) for x in ("triton", "cpu"))
     close([mine], [theirs])
+
+
+def test_boundaries_and_masks_are_sent_once_for_all_layers_and_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = []
+    send = gpu._tensor_of
+    monkeypatch.setattr(gpu, "_tensor_of", lambda array: sent.append(array.shape) or send(array))
+    q = normal(11, 1, D).requires_grad_()
+    for _ in range(2):
+        o = attention_varlen(q, q, q, [0, 4, 11], mask=tw.window(2, 3), implementation="triton")
+        torch.autograd.grad(o.sum(), q)
+    assert sent == [(1, 1, 11, 4), (3,)]

@@ -242,13 +242,9 @@ def test_pytorch_differentiates_twice(targets: str) -> None:
 
 
 def test_arrays_are_refused_with_a_reason() -> None:
-    """Also where autograd would overwrite logits in the memory of the host."""
-    x, y = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, dtype=torch.int64)
-    reason = "computes on tensors of PyTorch, not on arrays"
-    with pytest.raises(Unsupported, match=reason):
-        twn.cross_entropy(x.detach().numpy(), y.numpy(), implementation="triton")
-    with pytest.raises(Unsupported, match=reason):
-        twt.cross_entropy(2 * x, y, inplace_backward=True, implementation="triton")
+    x, y = np.zeros((3, 5), np.float32), np.zeros(3, np.int64)
+    with pytest.raises(Unsupported, match="computes on tensors of PyTorch, not on arrays"):
+        twn.cross_entropy(x, y, implementation="triton")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -34,7 +34,8 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield module.started(tmp_path_factory.mktemp("driver"), patch)
 
 
-SHAPES = ((2, 2, 11, 5), (2, 1, 13, 5), (2, 1, 13, 3))
+# More queries than the kernels of decoding take.
+SHAPES = ((2, 2, 19, 5), (2, 1, 13, 5), (2, 1, 13, 3))
 
 
 def inputs(dtype: Any = np.float64, shapes: Any = SHAPES) -> list[Any]:
@@ -56,18 +57,18 @@ def attention(name: str, **options: Any) -> Any:
     return lambda *x: tw.jax.attention(*x, implementation=name, **options)
 
 
-SEEN = np.arange(11)[:, None] % 3 >= np.arange(13) % 4
-IDS = np.array([[0] * 4 + [1] * 9, [0] * 7 + [1] * 6])
+SEEN = np.arange(19)[:, None] % 3 >= np.arange(13) % 4
+IDS = np.array([[0] * 4 + [1] * 15, [0] * 7 + [1] * 12])
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {
         "mask": tw.causal(),
         "softcap": 1.7,
-        "bias": np.linspace(-2, 1, 2 * 11).reshape(2, 11, 1),
+        "bias": np.linspace(-2, 1, 2 * 19).reshape(2, 19, 1),
         "softmax_scale": 0.3,
     },
     "bits": {"mask": SEEN, "sinks": np.linspace(-1, 1, 2), "layout": "bnhd"},
     "lengths": {
-        "mask": tw.lengths([13, 4], query_lengths=[11, 9]) & tw.causal(),
+        "mask": tw.lengths([13, 4], query_lengths=[19, 9]) & tw.causal(),
         "dropout_p": 0.3,
         "seed": 2**63 + 9,
         "alibi_slopes": np.linspace(0.1, 0.4, 2),
@@ -99,7 +100,7 @@ def test_attention_and_its_derivatives(board: Any, option: str) -> None:
 
 MASKS = {
     "scalars-of-many-intervals": tw.chunked(3) | tw.prefix(2) | tw.window(1, 0),
-    "ids": tw.documents(ids=IDS[:, :11], ids_k=IDS) & tw.causal(),
+    "ids": tw.documents(ids=IDS, ids_k=IDS[:, :13]) & tw.causal(),
 }
 
 
@@ -108,8 +109,8 @@ def test_masks_of_arrays_that_are_not_known_while_tracing(board: Any) -> None:
 
     def derived(name: str) -> Any:
         found = [attention(name, mask=mask, return_lse=True)(*x) for mask in MASKS.values()]
-        keys = jax.jit(lambda keys: attention(name, mask=keys)(*x))
-        return [*found, keys(jnp.arange(13) % 5 != 2)]
+        few = jax.jit(lambda keys: attention(name, mask=keys)(x[0][:, :, :3], *x[1:]))
+        return [*found, few(jnp.arange(13) % 5 != 2)]
 
     both(board, derived, 2e-6)
 
@@ -124,7 +125,6 @@ PACKED: dict[str, dict[str, Any]] = {
         "dropout_p": 0.3,
         "seed": 7,
     },
-    "no-mask": {},
 }
 
 
@@ -190,15 +190,14 @@ def test_sixteen_bits(board: Any) -> None:
         assert error < 1e-2
 
 
-@pytest.mark.parametrize("operator", ["log_softmax", "logsumexp"])
-def test_softmax_and_its_derivatives(board: Any, operator: str) -> None:
+def test_softmax_and_its_derivatives(board: Any) -> None:
     (x,) = inputs(shapes=[(3, 7, 5)])
     where = jnp.asarray(np.arange(35).reshape(7, 5) % 3 != 1)
 
     def derived(name: str) -> Any:
         def of(x: Any, sink: Any) -> Any:
             more = {"temperature": 1.3, "where": where, "sink": sink, "implementation": name}
-            return jnp.sum(jnp.nan_to_num(jnp.sin(getattr(tw.jax, operator)(x, 1, **more))))
+            return jnp.sum(jnp.nan_to_num(jnp.sin(tw.jax.log_softmax(x, 1, **more))))
 
         at = x, jnp.asarray(np.linspace(-1, 1, 15).reshape(3, 5))
         gradient = jax.value_and_grad(of, (0, 1))
@@ -226,15 +225,14 @@ def test_rows_in_parts(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 3 in grids
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_cross_entropy_and_its_derivatives(board: Any, reduction: str) -> None:
+def test_cross_entropy_and_its_derivatives(board: Any) -> None:
     (x,) = inputs(shapes=[(7, 13)])
     y = jnp.asarray([0, 12, -100, 5, 5, 1, 11], np.int32)
     options = {"label_smoothing": 0.1, "z_loss": 0.2, "weight": jnp.linspace(0.2, 2, 13)}
 
     def derived(name: str) -> Any:
         def of(x: Any) -> Any:
-            more = {**options, "reduction": reduction, "implementation": name}
+            more = {**options, "reduction": "none", "implementation": name}
             return jnp.sum(jnp.sin(tw.jax.cross_entropy(x, y, **more)))
 
         return jax.jvp(jax.value_and_grad(of), (x,), (jnp.cos(x),))
@@ -256,17 +254,16 @@ def test_cross_entropy_with_probabilities(board: Any) -> None:
     both(board, derived)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_linear_cross_entropy_and_its_derivatives(board: Any, reduction: str) -> None:
+def test_linear_cross_entropy_and_its_derivatives(board: Any) -> None:
     x = inputs(shapes=[(7, 5), (13, 5), (13,)])
     y = jnp.asarray([0, 12, -100, 5, 5, 1, 11])
     options = {"label_smoothing": 0.1, "z_loss": 0.2, "class_weight": jnp.linspace(0.2, 2, 13)}
 
     def derived(name: str) -> Any:
         def of(hidden: Any, weight: Any, bias: Any) -> Any:
-            more = {**options, "bias": bias, "reduction": reduction, "implementation": name}
+            more = {**options, "bias": bias, "implementation": name}
             found = tw.jax.linear_cross_entropy(hidden, weight, y, return_entropy=True, **more)
-            return jnp.sum(jnp.sin(found.loss)) + jnp.sum(jnp.sin(found.entropy))
+            return jnp.sin(found.loss) + jnp.sum(jnp.sin(found.entropy))
 
         return jax.jvp(jax.value_and_grad(of, (0, 1, 2)), x, [jnp.cos(a) for a in x])
 
@@ -298,6 +295,14 @@ def test_a_target_that_is_no_class_makes_the_loss_nan(board: Any) -> None:
     loss = tw.jax.linear_cross_entropy
     assert np.isnan(loss(x, weight, kept + 6, ignore_index=-94, implementation="triton"))
     assert np.isfinite(loss(x, weight, kept, implementation="triton"))
+
+
+def test_a_program_that_was_saved_runs_as_before(board: Any) -> None:
+    (x,) = inputs(np.float32, [(3, 7)])
+    of = jax.jit(lambda x: tw.jax.softmax(x, implementation="triton"))
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("tilewise_launch")]
+    saved = jax.export.export(of, disabled_checks=allowed)(x).serialize()
+    assert np.array_equal(jax.export.deserialize(saved).call(x), of(x))
 
 
 def test_modules_are_loaded_once_and_contexts_left_as_they_were(board: Any) -> None:

@@ -14,7 +14,14 @@ import torch
 import tilewise as tw
 from tilewise import Unsupported
 from tilewise.dispatch import device_implementation
-from tilewise.torch import attention, checks, cross_entropy, gpu, softmax
+from tilewise.torch import (
+    attention,
+    checks,
+    cross_entropy,
+    gpu,
+    linear_cross_entropy,
+    softmax,
+)
 
 SHAPES = ((2, 4, 11, 5), (2, 2, 13, 5), (2, 2, 13, 3))
 
@@ -125,7 +132,23 @@ def test_the_host_does_not_wait_for_what_tensors_hold(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu.Stage, "copy", lambda self, t: t if t is None else read.append(t))
     o = attention(*x, **options)
     torch.autograd.grad(o.sum(), x)
+    weight = torch.ones(5, dtype=torch.float64)
+    cross_entropy(x[0][0, 0], torch.arange(11) % 5, weight=weight, implementation="triton")
+    softmax(x[0], sink=torch.zeros(2, 4, 11, dtype=torch.float64), implementation="triton")
     assert not read
+
+
+def test_a_target_that_is_no_class_makes_the_loss_nan() -> None:
+    x, weight = inputs(shapes=((4, 3), (7, 3)))
+    for targets in ([0, 7, -100, 6], [0, -1, -100, 6]):
+        y = torch.tensor(targets)
+        for loss, given in (
+            (cross_entropy, (x @ weight.mT, y)),
+            (linear_cross_entropy, (x, weight, y)),
+        ):
+            found = loss(*given, reduction="none", implementation="triton")
+            assert found.isnan().tolist() == [False, True, False, False]
+            assert loss(*given, implementation="triton").isnan()
 
 
 def test_compiled_calls_are_one_graph() -> None:
@@ -292,3 +315,41 @@ def test_rows_in_any_strides_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(kept) > 8
     for before, after in kept:
         assert before.data_ptr() == after.data_ptr() and before.stride() == after.stride()
+
+
+def test_a_token_without_a_logit_has_no_loss() -> None:
+    x, weight = inputs(shapes=((4, 3), (7, 3)))
+    bias = torch.full((7,), -torch.inf, dtype=torch.float64)
+    y = torch.tensor([0, 3, -100, 6])
+
+    def found(implementation: str) -> list[Any]:
+        options = {"bias": bias, "implementation": implementation, "z_loss": 0.1}
+        r = linear_cross_entropy(
+            x, weight, y, reduction="none", return_entropy=True, return_z_loss=True, **options
+        )
+        moved = torch.func.jvp(
+            lambda x: linear_cross_entropy(x, weight.detach(), y, **options),
+            (x.detach(),),
+            (torch.ones_like(x),),
+        )[1]
+        first = torch.autograd.grad(r.loss.sum() + r.entropy.sum(), (x, weight))
+        assert not any([t.detach().any() for t in (r.loss, r.z_loss, r.entropy, moved, *first)])
+        return [r.loss, moved, *first]
+
+    both(found)
+
+
+def test_a_bias_and_its_tangent_in_other_strides() -> None:
+    x = [t.detach() for t in inputs()]
+    bias = torch.linspace(-1, 2, 13 * 11, dtype=torch.float64).reshape(13, 11).T
+    moved = bias.sin().contiguous()
+    assert moved.stride() != bias.stride()
+
+    def derived(implementation: str) -> list[Any]:
+        def of(bias: Any) -> Any:
+            return attention(*x, bias=bias, implementation=implementation).sin().sum()
+
+        first = torch.func.jvp(of, (bias,), (moved,))[1]
+        return [first, torch.func.jvp(torch.func.grad(of), (bias,), (moved,))[1]]
+
+    both(derived)

@@ -47,7 +47,7 @@ def array(operator: str, name: str, value: Any, like: Any = None, source: str = 
     """
     if not isinstance(value, jax.Array | np.ndarray):
         raise type_error(operator, name, "be a jax.Array", type(value).__name__)
-    found = jnp.asarray(value)
+    found = jnp.asarray(value) if like is None else _adopting(value, like)
     if like is None and found.dtype.name not in FLOATS:
         raise type_error(operator, name, f"have dtype {listed(FLOATS)}", found.dtype.name)
     if like is not None and found.dtype != like:
@@ -60,11 +60,19 @@ def either(operator: str, name: str, value: Any, like: Any, source: str = "q") -
     if value is None:
         return None
     if isinstance(value, jax.Array | np.ndarray) and like.name in NARROW:
+        value = _adopting(value, jnp.float32)
         if value.dtype not in (like, jnp.float32):
             requirement = f"have dtype {like} (from {source}) or float32"
-            raise type_error(operator, name, requirement, jnp.asarray(value).dtype.name)
-        return jnp.asarray(value)
+            raise type_error(operator, name, requirement, value.dtype.name)
+        return value
     return array(operator, name, value, like, source)
+
+
+def _adopting(value: Any, dtype: Any) -> jax.Array:
+    """Return an array of JAX; one made of Python's numbers, whose dtype is weak, takes another."""
+    found = jnp.asarray(value)
+    weak = found.weak_type and jnp.issubdtype(found.dtype, jnp.floating)
+    return found.astype(dtype) if weak else found
 
 
 def class_indices(operator: str, targets: Any, probabilities: str) -> jax.Array:

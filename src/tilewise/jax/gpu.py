@@ -264,10 +264,11 @@ class _Call:
             return arguments
         at = first + names.index("targets")
         # Of logits the classes are the second dimension, of a weight the first.
-        classes = arguments[first + 1] if "hidden" in names else arguments[first][0]
+        logits, weight = arguments[first], arguments[first + 1]
+        classes = weight.shape[0] if "hidden" in names else logits.shape[1]
         ignored = self.function.parsed["ignore_index"]
         arguments = list(arguments)
-        arguments[at], self.wrong = class_targets(arguments[at], classes.shape[0], ignored)
+        arguments[at], self.wrong = class_targets(arguments[at], classes, ignored)
         return arguments
 
     def _marked(self, results: list[Any]) -> list[Any]:

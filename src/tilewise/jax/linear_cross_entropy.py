@@ -264,7 +264,7 @@ def _z_loss(
 ) -> Array:
     """Return the part of the loss that is the z-loss, reduced as the loss is."""
     kept = targets != ignore_index
-    terms = z_loss * jnp.where(kept, lse, 0) ** 2
+    terms = z_loss * jnp.where(kept & ~jnp.isneginf(lse), lse, 0) ** 2
     if reduction == "none":
         return terms
     if reduction == "sum":

@@ -148,6 +148,7 @@ def _run_one(
     if own.lower_mask and options["mask"] == DENSE and options["layout"] != PACKED:
         mask = partial(own.lower_mask, int16=torch.int16, uint8=torch.uint8)
         operator, options, tensors = _with_lowered(mask, operator, start, options, tensors, stage)
+    tensors, wrong = _with_classes(operator, start, options, tensors)
     read = {start + operator.inputs.index(argument) for argument in operator.read_inputs}
     arrays = [
         stage.copy(t) if place in read else stage.stand_in(t) for place, t in enumerate(tensors)
@@ -155,7 +156,28 @@ def _run_one(
     chosen = adapted(operator.name, own, stage.tensor, stage.stand_in)
     found = evaluate_by(chosen, operator, kind, arrays, options, needed)
     kept = zip(found, needed, strict=True)
-    return tuple([stage.tensor(a) if a is not None and wanted else None for a, wanted in kept])
+    results = [stage.tensor(a) if a is not None and wanted else None for a, wanted in kept]
+    if wrong is not None and kind == "forward" and results[0] is not None:
+        results[0].masked_fill_(wrong if results[0].ndim else wrong.any(), float("nan"))
+    return tuple(results)
+
+
+def _with_classes(
+    operator: FlatOperator, start: int, options: Mapping[str, Any], tensors: Sequence[Any]
+) -> tuple[Sequence[Any], Any]:
+    """Put a class in place of targets that are none; return all arguments, and which those were.
+
+    Nothing waits for them: that a target is no class shows as a loss of NaN.
+    """
+    at = start + operator.inputs.index("targets") if "targets" in operator.inputs else -1
+    if not 0 <= at < len(tensors) or tensors[at] is None:
+        return tensors, None
+    targets, fused = tensors[at], "hidden" in operator.inputs
+    # Of logits the classes are the second dimension, of a weight the first.
+    classes = tensors[start + 1].shape[0] if fused else tensors[start].shape[1]
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != options["ignore_index"])
+    known = targets.masked_fill(wrong, 0)
+    return [known if place == at else t for place, t in enumerate(tensors)], wrong
 
 
 def _with_lowered(

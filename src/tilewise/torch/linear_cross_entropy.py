@@ -342,7 +342,7 @@ def _z_loss(
 ) -> Tensor:
     """Return the part of the loss that is the z-loss, reduced as the loss is."""
     kept = targets != ignore_index
-    terms = z_loss * lse.masked_fill(~kept, 0).square()
+    terms = z_loss * lse.masked_fill(~kept | lse.isneginf(), 0).square()
     if reduction == "none":
         return terms
     if reduction == "sum":

@@ -210,6 +210,5 @@ FLAT = FlatOperator(
     jvp_jvp=_jvp_jvp,
     output_tangents=False,
     read_outputs=(),
-    read_inputs=("targets",),
     strided=True,
 )

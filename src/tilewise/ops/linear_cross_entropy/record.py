@@ -265,6 +265,5 @@ FLAT = FlatOperator(
     dtypes={"argmax": "int64", **_GRADIENTS},
     kept_gradients=len(_GRADIENTS),
     joins=joins_gradients,
-    read_inputs=("targets",),
     orders=True,
 )

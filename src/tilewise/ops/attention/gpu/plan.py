@@ -59,7 +59,8 @@ def plan(
     tile = cut.BN if kind.endswith("dkv") else cut.BM
     grid = (tiles_of(rows, tile, sequences) * heads,)
     constants = {"BM": cut.BM, "BN": cut.BN, "DP": DP, "DVP": DVP, **_precision(kind, dtype, arch)}
-    most = MOST_REGISTERS if cut.greedy and arch.startswith("sm_") else None
+    greedy = cut.greedy or (sequences is not None and f"{kind} {arch}" in _GREEDY_IF_PACKED)
+    most = MOST_REGISTERS if greedy and arch.startswith("sm_") else None
     return LaunchPlan(grid, constants, cut.num_warps, cut.num_stages, most)
 
 
@@ -84,6 +85,9 @@ class Tile(NamedTuple):
 
 MOST_REGISTERS = 255
 """Registers that a thread of NVIDIA can have."""
+
+_GREEDY_IF_PACKED = ("dkv sm_100",)
+"""What is greedy for packed sequences; their tiles are those of one call, as are their bits."""
 
 
 def _tile(kind: str, width: int, dtype: str, arch: str, *, crowded: bool) -> Tile:
@@ -132,10 +136,11 @@ _CROWDED_HALF: dict[str, dict[int, Tile]] = {
 
 _CROWDED: dict[str, dict[int, Tile]] = {
     "fwd": {1: Tile(128, 32, 8, 2)},
+    "fwd sm_100": {0: Tile(128, 64, 8)},
     "fwd gfx942": {0: Tile(128, 32, 8), 1: Tile(64, 64, 4)},
     "dq": {0: Tile(64, 32, 4), 1: Tile(32, 32, 4)},
     "dkv": {0: Tile(16, 64, 4, greedy=True), 1: Tile(16, 32, 8)},
-    "dkv sm_80": {0: Tile(32, 32, 4)},
+    "dkv sm_80": {0: Tile(32, 32, 4, greedy=True)},
     "jvp": {0: Tile(64, 16, 4)},
     "second_dq": {0: Tile(64, 16, 4)},
     "second_dq sm_80": {0: Tile(32, 16, 8)},
@@ -262,7 +267,17 @@ def _compilation(
     module = import_module(f".kernels.{_MODULES[base]}", __package__)
     kernel = getattr(module, f"attention_{base}_kernel")
     crowded = any([options.get(name) for name in _TAKING])
-    chosen = plan(kind, heads=1, rows=1, D=D, Dv=D, dtype=dtype, arch=arch, crowded=crowded)
+    chosen = plan(
+        kind,
+        heads=1,
+        rows=1,
+        D=D,
+        Dv=D,
+        dtype=dtype,
+        arch=arch,
+        sequences=1 if options.get("PACKED") else None,
+        crowded=crowded,
+    )
     given: dict[str, Any] = {name: False for name in set(_ABSENT.values())} | {"ROWS": 256}
     given |= dict.fromkeys(("BIAS_B", "BIAS_H", "BIAS_N", "BIAS_K", "D_K", "D_V", "LSE"), True)
     given |= {"EXTENT": 64, "BLOCK": PLACES, "QUERIES": QUERY_TILE, "KEYS": KEY_TILE}

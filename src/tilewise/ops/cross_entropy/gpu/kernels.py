@@ -41,7 +41,8 @@ def _finish(m, l, far, total, kept, zeta, SQUARED: tl.constexpr):
     lse = tl.where(m == float("inf"), m, m + log_l)
     z_loss = tl.zeros(m.shape, m.dtype)
     if SQUARED:
-        z_loss = tl.where(kept & alive, zeta * lse * lse, 0.0)
+        whole = m + log_l
+        z_loss = tl.where(kept & alive, zeta * whole * whole, 0.0)
     loss = tl.where(kept & alive, total * log_l + far + z_loss, 0.0)
     return loss, lse, z_loss, log_l
 

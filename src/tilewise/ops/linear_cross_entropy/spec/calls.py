@@ -101,7 +101,7 @@ class LossCall:
 
     def z_loss_of(self, lse: Array) -> Array:
         """Return the z-loss of each token, which is a part of its loss."""
-        return np.where(self.kept, self.z_loss * lse**2, 0).astype(lse.dtype)
+        return np.where(self.kept & ~np.isneginf(lse), self.z_loss * lse**2, 0).astype(lse.dtype)
 
     def spread(self, dloss: Array | None) -> Array | None:
         """Return the cotangent of each token's loss, `(T,)`, of that of the reduced loss."""

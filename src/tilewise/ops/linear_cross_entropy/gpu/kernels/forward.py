@@ -164,19 +164,20 @@ def linear_cross_entropy_merge_kernel(
         far += tl.sum(far_part + mass_part * (base[None, :] - finite_base(m_part)), axis=0)
         mass += tl.sum(mass_part, axis=0)
         m = top
-    log_l = tl.log(l)
-    lse = tl.where(m == float("inf"), m, m + log_l)
+    alive = m != float("-inf")
+    log_l = tl.where(alive, tl.log(l), 0.0)
+    lse = m + log_l
     z_loss = tl.zeros([BLOCK_R], wide)
     if SQUARED:
-        z_loss = tl.where(kept, number(zeta, wide) * lse * lse, 0.0)
-    loss = tl.where(kept, mass * log_l + far + z_loss, 0.0)
+        z_loss = tl.where(kept & alive, number(zeta, wide) * lse * lse, 0.0)
+    loss = tl.where(kept & alive, mass * log_l + far + z_loss, 0.0)
     tl.store(loss_ptr + token, loss, mask=has)
     tl.store(z_loss_ptr + token, z_loss, mask=has)
     tl.store(lse_ptr + token, lse, mask=has)
     tl.store(m_ptr + token, m, mask=has)
     tl.store(log_l_ptr + token, log_l, mask=has)
     if entropy_ptr is not None:
-        tl.store(entropy_ptr + token, log_l - spread / l, mask=has)
+        tl.store(entropy_ptr + token, tl.where(alive, log_l - spread / l, 0.0), mask=has)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + token, best, mask=has)
     if picked_ptr is not None:

@@ -86,6 +86,8 @@ def linear_cross_entropy_cotangents_kernel(
         targets_ptr, class_weight_ptr, token, T, V, first_class, ignored, wide
     )
     m = tl.load(m_ptr + token, mask=has, other=0.0)
+    alive = m != float("-inf")
+    kept = kept & alive
     log_l = tl.load(log_l_ptr + token, mask=has, other=0.0)
     one = tl.full([], 1.0, tl.float64)
     scale = one
@@ -96,7 +98,7 @@ def linear_cross_entropy_cotangents_kernel(
     g_entropy = of_tokens(g_entropy_ptr, token, 1, has, one, wide)
     live = (g != 0.0) | (g_lse != 0.0) | (g_entropy != 0.0)
     steep = steepness(
-        kept, w_y, m + log_l, mass_ptr, weight_total_ptr, token, T, V, sharp, share, zeta,
+        kept, w_y, tl.where(alive, m + log_l, 0.0), mass_ptr, weight_total_ptr, token, T, V, sharp, share, zeta,
         SQUARED, wide,
     )  # fmt: skip
 

@@ -58,6 +58,7 @@ def linear_cross_entropy_jvp_kernel(
         targets_ptr, class_weight_ptr, token, T, V, first_class, ignored, wide
     )
     m = tl.load(m_ptr + token, mask=token < T, other=0.0)
+    kept = kept & (m != float("-inf"))
     log_l = tl.load(log_l_ptr + token, mask=token < T, other=0.0)
     mu = tl.zeros([BLOCK_T], wide)
     of_target = tl.zeros([BLOCK_T], wide)
@@ -118,6 +119,7 @@ def linear_cross_entropy_tangents_kernel(
         targets_ptr, class_weight_ptr, token, T, V, first_class, ignored, wide
     )
     lse = tl.load(m_ptr + token, mask=has, other=0.0)
+    kept = kept & (lse != float("-inf"))
     lse += tl.load(log_l_ptr + token, mask=has, other=0.0)
     steep = steepness(
         kept, w_y, lse, None, weight_total_ptr, token, T, V, sharp, share, zeta, SQUARED, wide

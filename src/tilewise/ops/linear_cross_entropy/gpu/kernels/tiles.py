@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tilewise.shared.triton_rows import finite_base
+
 
 @triton.jit
 def products(
@@ -91,7 +93,7 @@ def with_bias(z, bias_ptr, cols, V, wide: tl.constexpr):
 @triton.jit
 def probabilities(s, m, log_l, entropy_ptr, token, T, wide: tl.constexpr):
     """Return p and, where there is an entropy, `p (log p + entropy)`."""
-    log_p = (s - m[:, None]) - log_l[:, None]
+    log_p = (s - finite_base(m)[:, None]) - log_l[:, None]
     p = tl.exp(log_p)
     surprise = tl.zeros(p.shape, wide)
     if entropy_ptr is not None:
