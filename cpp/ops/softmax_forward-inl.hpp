@@ -172,7 +172,8 @@ class SoftmaxForward {
     if (STREAM && !joined && numbers_before_aligned(to)) __builtin_prefetch(to + n - 1, 1);
     const int lead = STREAM ? write_head(to, n, x, written) : 0;
     // a maximum may take the columns by whole lines of memory, a sum may not
-    const int skip = FRONT ? std::min(next_n, numbers_before_aligned(next)) : 0;
+    const bool whole = FRONT && sizeof(X) == sizeof(T);
+    const int skip = whole ? std::min(next_n, numbers_before_aligned(next)) : 0;
     const int common = std::min(n - lead, next_n - skip);
     int j = 0;
     for (; j + kLanesWide <= common; j += kLanesWide)
