@@ -217,6 +217,17 @@ def test_the_checks_of_a_board_find_a_wrong_result(monkeypatch: pytest.MonkeyPat
         board_steps.check("sdpa flash", 16, causal=True)
 
 
+def test_the_tables_say_what_decoding_took() -> None:
+    about = {"name": "Some", "torch": "2", "triton": "3"}
+    found = {"triton": {"error": 1e-3, "ms": 0.25, "gb_per_s": 2000.0}, "sdpa": {"reason": "no"}}
+    steps = {"board": {"status": "done", "result": about}}
+    steps["decode D=64 Nk=8192"] = {"status": "done", "result": found}
+    steps["decode D=128 Nk=1024"] = {"status": "failed", "reason": "too large"}
+    text = board.tables({"schema": 1, "steps": steps})
+    assert "decode D=64 Nk=8192: triton 0.250 ms, 2000 GB/s; sdpa no" in text
+    assert "decode D=128 Nk=1024: too large" in text
+
+
 def test_steps_in_jax_check_what_they_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jax")
     made = board_jax.__dict__

@@ -279,3 +279,16 @@ def test_the_reference_gives_a_token_without_classes_no_loss() -> None:
     again = linear_cross_entropy_vjp_jvp(ones, H, H, W, Y, dlse=ones, **asked)
     for zero in (*grads, *again, moved.tloss, moved.tlse):
         assert not zero.any()
+
+
+def test_a_class_that_is_absent_and_counts_nothing_is_no_part_of_smoothing() -> None:
+    made = np.random.default_rng(5)
+    hidden, weight = made.standard_normal((3, 5)), made.standard_normal((131, 5))
+    bias, class_weight = np.zeros(131), made.uniform(0.5, 1, 131)
+    bias[[2, 70, 130]], class_weight[[2, 70, 130]] = -np.inf, 0
+    given = {"bias": bias, "class_weight": class_weight, "label_smoothing": 0.3}
+    losses = [
+        linear_cross_entropy(hidden, weight, np.array([1, 5, 129]), implementation=name, **given)
+        for name in ("cpu", "reference")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-12)

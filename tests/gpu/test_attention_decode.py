@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 
 import tilewise as tw
+from tilewise.bench import board_decode
 from tilewise.ops.attention.gpu.decode import launch
 from tilewise.ops.attention.gpu.decode.plan import chunks_of, merge_plan, plan
 from tilewise.ops.attention.gpu.kernels import decode
@@ -71,6 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": CAUSAL},
     "two-intervals": {"mask": CAUSAL & (tw.window(9, 0) | tw.sink_tokens(3))},
+    "two-in-a-tile": {"mask": CAUSAL & (tw.window(9, 0) | tw.sink_tokens(66))},
     "by-head": {"mask": torch.rand(H, N, NK, **DOUBLE) < 0.4},
     "rows-without-keys": {"mask": torch.arange(N)[:, None] > torch.arange(NK) % 2 + 1},
     "bias-slopes": {
@@ -168,6 +170,20 @@ def test_extents_know_nothing_of_batch_heads_queries_and_keys(arch: str) -> None
         merge_plan(rows=1, Dv=64, arch=arch).constants
         == merge_plan(rows=999, Dv=64, arch=arch).constants
     )
+
+
+def test_the_board_times_what_it_has_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = board_decode.__dict__
+    monkeypatch.setitem(made, "_CHECKED", (1, 2, 1, 37))
+    monkeypatch.setitem(made, "_BATCH", 1)
+    found = board_decode.run(lambda call: 2.0, 16, 67, DEVICE)
+    assert list(found) == ["triton", "triton pages", "sdpa"]
+    for of in found.values():
+        assert of["ms"] == 2.0
+        assert of["gb_per_s"] == pytest.approx(4 * 8 * 67 * 16 / 2e-3 / 1e9)
+    monkeypatch.setitem(made, "_call", lambda name, q, k, v: lambda: v[:, :1, :1] + 0 * q)
+    found = board_decode.run(lambda call: 2.0, 16, 67, DEVICE)
+    assert all("o is off by" in of["reason"] for of in found.values())
 
 
 def unscaled(m: Any, m_c: Any) -> Any:

@@ -140,6 +140,16 @@ def test_padded_prompts_of_any_length_agree_with_the_cpu(n: int, name: str) -> N
         torch.testing.assert_close(mine.cpu(), theirs, rtol=3e-6, atol=1e-6)
 
 
+def test_many_queries_see_the_keys_of_their_sequence_alone() -> None:
+    cache, k, v = filled(lengths=(20, 3))
+    q = normal(3, 2, H, 17, D)
+    found = everything(q, cache=cache)
+    for b, n in enumerate((20, 3)):
+        one = everything(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n])
+        for mine, alone in zip(found, one, strict=True):
+            torch.testing.assert_close(mine[b : b + 1], alone, rtol=3e-6, atol=1e-6)
+
+
 def test_layouts_orders_and_sequences_read_twice() -> None:
     cache, k, v = filled()
     q = normal(3, 3, 2, H, D)

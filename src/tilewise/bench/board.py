@@ -34,6 +34,8 @@ SCHEMA: Final = 1
 LENGTHS: Final = (512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS: Final = (64, 128, 256)
 JAX_HEAD_DIMS: Final = (64, 128)
+DECODED_HEAD_DIMS: Final = (64, 128)
+DECODED_LENGTHS: Final = (1024, 8192, 65536)
 TOKENS, WIDTH = 16384, 2048
 """Tokens and width of every problem: a tensor has 64 MiB, more than the second-level cache."""
 
@@ -125,6 +127,9 @@ def steps() -> Iterator[Step]:
                 yield Step(f"sweep {kind} D={D}", "sweep", {"kind": kind, "D": D})
     for problem in problems():
         yield Step(problem.name, "time", asdict(problem))
+    for D in DECODED_HEAD_DIMS:
+        for Nk in DECODED_LENGTHS:
+            yield Step(f"decode D={D} Nk={Nk}", "decode", {"D": D, "Nk": Nk})
     for D in JAX_HEAD_DIMS:
         yield Step(f"jax D={D} causal", "jax", {"D": D, "causal": True})
 
@@ -254,6 +259,7 @@ def tables(results: Mapping[str, Any]) -> str:
         if rows:
             head = f"| {kind} | " + " | ".join(CONTENDERS) + " |\n|---|" + "---:|" * len(CONTENDERS)
             parts.append("\n".join([head, *rows]))
+    parts += [f"{name}: {text}" for name, text in _of_decoding(results)]
     parts += [f"{name}: {text}" for name, text in _of_jax(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -267,6 +273,24 @@ def _row(results: Mapping[str, Any], problem: Problem) -> str:
         ms = entry["result"].get(contender, {}).get("ms")
         cells.append(f"{problem.flops / ms / 1e9:.0f}" if ms else "-")
     return f"| {problem.name.partition(' ')[2]} | " + " | ".join(cells) + " |"
+
+
+def _of_decoding(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Return what each step of decoding found, in words."""
+    for step in steps():
+        entry = results["steps"].get(step.name, {})
+        if step.action != "decode" or not entry:
+            continue
+        if entry["status"] == "failed":
+            yield step.name, entry["reason"]
+            continue
+        said = [
+            f"{contender} {of['ms']:.3f} ms, {of['gb_per_s']:.0f} GB/s"
+            if "ms" in of
+            else f"{contender} {of['reason']}"
+            for contender, of in entry["result"].items()
+        ]
+        yield step.name, "; ".join(said)
 
 
 def _of_jax(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

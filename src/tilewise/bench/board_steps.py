@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewise.bench import board_jax
+from tilewise.bench import board_decode, board_jax
 from tilewise.bench.board import OURS, Problem, Step, is_checked
 from tilewise.bench.board_oracle import BOUNDS, error, oracle
 from tilewise.hardware import machine
@@ -55,6 +55,7 @@ def run(step: Step, results: Mapping[str, Any]) -> Any:
     actions: dict[str, Callable[..., Any]] = {
         "board": lambda: board_or_reason()[0],
         "check": check,
+        "decode": lambda **given: board_decode.run(_median, **given),
         "jax": board_jax.run,
         "sanitize": _sanitize,
         "sweep": _sweep,

@@ -53,7 +53,7 @@ class Memory(Protocol):
     def dense(self, view: View, b: int) -> tuple[Any, Any]:
         """Return copies `(1, Hk, Nk, D)` and `(1, Hk, Nk, Dv)` of a sequence.
 
-        What they hold of evicted pages is finite.
+        What they hold of evicted pages nobody sees.
         """
 
 

@@ -65,7 +65,7 @@ class DeviceMemory:
                 pool[page, :, row] = x[b, :, new]
 
     def dense(self, view: View, b: int) -> tuple[Tensor, Tensor]:
-        """Return copies of the keys and values of a sequence; of evicted pages, zeros."""
+        """Return copies of the keys and values of a sequence; anything where evicted."""
         table = sent(view.block_table()[b], self.k.device).long()
         keys = int(view.lengths[b])
         return _joined(self.k, table, keys), _joined(self.v, table, keys)
@@ -73,5 +73,4 @@ class DeviceMemory:
 
 def _joined(pool: Tensor, table: Tensor, keys: int) -> Tensor:
     pages = pool[table.clamp(min=0)]  # (P, Hk, page_size, D)
-    pages = torch.where((table >= 0)[:, None, None, None], pages, 0.0)
     return pages.transpose(0, 1).reshape(1, pool.shape[1], -1, pool.shape[3])[:, :, :keys]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tilewise.shared.launch import INTERPRETER, Compilation, LaunchPlan
 
-from ..plan import MOST_REGISTERS, padded
+from ..plan import padded
 
 MOST_QUERIES = 16
 """Calls of up to so many queries, in one head, have their keys cut into chunks."""
@@ -42,9 +42,7 @@ def plan(
     grid = (-(-rows // _BM) * chunks_of(keys, arch) * heads,)
     sizes = {"BM": _BM, "BN": BN, "CHUNK": _chunk(arch), "DP": DP, "DVP": DVP}
     # Weights of 16-bit values are rounded to their dtype, as in every forward pass.
-    constants = {**sizes, "WEIGHTS": 0, "PRECISION": "ieee"}
-    most = MOST_REGISTERS if num_warps == 8 and arch.startswith("sm_") else None
-    return LaunchPlan(grid, constants, num_warps, num_stages, most)
+    return LaunchPlan(grid, {**sizes, "WEIGHTS": 0, "PRECISION": "ieee"}, num_warps, num_stages)
 
 
 def merge_plan(*, rows: int, Dv: int, arch: str = "sm_90") -> LaunchPlan:
@@ -74,8 +72,9 @@ def _tile(width: int, dtype: str, arch: str) -> tuple[int, int, int]:
     if dtype == "float32":
         return ((32, 4, 3), (32, 4, 1), (16, 4, 1), (16, 4, 1))[size]
     ahead = 2 if arch == "gfx942" else 3  # what its 64 KiB of shared memory hold
-    # Eight warps, for hidden keys that are not finite take registers for 128 entries.
-    return ((64, 4, ahead), (64, 8, ahead), (32, 4, 2), (16, 4, 2))[size]
+    # Of 128 entries few keys at a time, for hidden ones that are not finite take registers, and
+    # several programs on a multiprocessor have more loads under way than one of eight warps.
+    return ((64, 4, ahead), (32, 4, ahead + 1), (32, 4, 2), (16, 4, 2))[size]
 
 
 def planned(arch: str) -> Iterator[Compilation]:

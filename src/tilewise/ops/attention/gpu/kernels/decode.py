@@ -197,7 +197,6 @@ def attention_decode_kernel(
     lo1, hi1 = tl.zeros([BM], tl.int32), tl.zeros([BM], tl.int32)
     if MASK == INTERVALS:
         lo0, hi0, lo1, hi1 = intervals_of(mask + part * N * 4, i, N)
-        hi0, hi1 = tl.minimum(hi0, Nk), tl.minimum(hi1, Nk)
     if MASK == BITS:
         of_mask = (mask + part * Nk * ((N + 15) // 16))[:, None]
 

@@ -98,8 +98,8 @@ def linear_cross_entropy_cotangents_kernel(
     g_entropy = of_tokens(g_entropy_ptr, token, 1, has, one, wide)
     live = (g != 0.0) | (g_lse != 0.0) | (g_entropy != 0.0)
     steep = steepness(
-        kept, w_y, tl.where(alive, m + log_l, 0.0), mass_ptr, weight_total_ptr, token, T, V, sharp, share, zeta,
-        SQUARED, wide,
+        kept, w_y, tl.where(alive, m + log_l, 0.0), mass_ptr, weight_total_ptr, token, T, V,
+        sharp, share, zeta, SQUARED, wide,
     )  # fmt: skip
 
     z = tl.zeros([BLOCK_T, BLOCK_V], wide)
