@@ -67,7 +67,7 @@ def _same_triton() -> bool:
 def test_kernels_neither_spill_nor_wait_for_each_product(
     compiled: list[Resources],
 ) -> None:
-    assert [one.name for one in compiled] == list(SHORT)
+    assert sorted(one.name for one in compiled) == sorted(SHORT)
     for one in compiled:
         assert one.faults() == []
         assert one.programs >= 1 and one.shared <= 227 * 1024
