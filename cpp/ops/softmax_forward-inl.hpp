@@ -171,10 +171,7 @@ class SoftmaxForward {
     // the last line, where it is not stored whole
     if (STREAM && !joined && numbers_before_aligned(to)) __builtin_prefetch(to + n - 1, 1);
     const int lead = STREAM ? write_head(to, n, x, written) : 0;
-    // a maximum may take the columns by whole lines of memory, a sum may not
-    const bool whole = FRONT && sizeof(X) == sizeof(T);
-    const int skip = whole ? std::min(next_n, numbers_before_aligned(next)) : 0;
-    const int common = std::min(n - lead, next_n - skip);
+    const int common = std::min(n - lead, next_n);
     int j = 0;
     for (; j + kLanesWide <= common; j += kLanesWide)
       TW_UNROLL_LANES for (int u = 0; u < kAll; u++) {
@@ -182,7 +179,7 @@ class SoftmaxForward {
         if constexpr (BACK) put<STREAM>(to + i + lead, written(i + lead, kW));
         if constexpr (FRONT) {
           if (u * kW * sizeof(X) % 64 == 0) prefetch_ahead(far + i);
-          top_of[u] = max(load_wide(next + skip + i), top_of[u]);
+          top_of[u] = max(load_wide(next + i), top_of[u]);
           const Vec<T> e = exp(load_wide(x + i) - high);
           sum_of[u] += e;
           if constexpr (R == Result::kY) store(w + i, e);
@@ -203,9 +200,8 @@ class SoftmaxForward {
       tops.of[u] = top_of[u];
       sums.of[u] = sum_of[u];
     }
-    if (skip) tops.of[0] = max(load_some(next, skip, kNone), tops.of[0]);
-    each_register<T>(j, next_n - skip, [&](int i, int u, int left) __attribute__((always_inline)) {
-      tops.of[u] = max(load_some(next + skip + i, left, kNone), tops.of[u]);
+    each_register<T>(j, next_n, [&](int i, int u, int left) __attribute__((always_inline)) {
+      tops.of[u] = max(load_some(next + i, left, kNone), tops.of[u]);
     });
     each_register<T>(j, n, [&](int i, int u, int left) __attribute__((always_inline)) {
       const Vec<T> e = exp(load_some(x + i, left, kNone) - high);
